@@ -1,0 +1,1 @@
+"""The doors: the `dejavu` command and the embedded demo model."""

@@ -1,0 +1,217 @@
+"""The `dejavu` command."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch.distributed as dist
+import typer
+from dejavu.launch.ranks import USER_ERROR, launch
+from dejavu.launch.requests import answer_stream
+from dejavu.parallel.groups import global_rank, shut_down
+from dejavu.profiles import nvtx
+from dejavu.runtime.engine import Engine, Generation, OnLoad
+from dejavu.runtime.sampling import SamplingParams
+from dejavu.runtime.weights import DEMO
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+stderr = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]
+DType = Annotated[str, typer.Option(help="fp16, bf16, fp32; auto: the model's on CUDA, fp32 on the CPU.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+NVTX = Annotated[bool, typer.Option("--nvtx", help="Emit NVTX ranges (also: DEJAVU_NVTX=1).")]
+
+
+@app.callback()
+def dejavu() -> None:
+    """Tensor-parallel OPT inference. Alone, under `dejavu launch`, or under torchrun:
+
+    torchrun --nproc-per-node N -m dejavu.launch.cli COMMAND ...
+    """
+
+
+@app.command()
+def generate(
+    model: Model = DEMO,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    stdin: Annotated[
+        bool, typer.Option("--stdin", help="Answer JSON lines from standard input, until it ends.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest text, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random stream, the same on every rank.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string; may be given several times.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
+    max_batch: Annotated[int, typer.Option(help="The most prompts that run together.")] = 16,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    nvtx_ranges: NVTX = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")] = False,
+) -> None:
+    """Continue one prompt, many, or a stream of requests."""
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    prompts = _prompts(prompt, prompt_file, stdin)
+    engine = _load_engine(model, dtype, device, nvtx_ranges)
+    speaks = engine.tp.rank == 0
+    if stdin:
+        answer_stream(engine, sys.stdin, _print_line, defaults=params, max_batch=max_batch)
+        return
+    stream = speaks and not as_json and len(prompts) == 1
+    if stream:
+        print(prompts[0], end="", flush=True)
+    generation = engine.generate(
+        prompts,
+        params,
+        max_batch=max_batch,
+        on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
+    )
+    if speaks and as_json:
+        _print_line(json.dumps(asdict(generation), ensure_ascii=False))
+    elif speaks:
+        print() if stream else _print_results(generation)
+        _print_summary(generation)
+
+
+@app.command()
+def demo(dtype: DType = "auto", device: Device = "auto", nvtx_ranges: NVTX = False) -> None:
+    """Stream text from the embedded model (`make demo` runs this on two ranks)."""
+    engine = _load_engine(DEMO, dtype, device, nvtx_ranges)
+    speaks = engine.tp.rank == 0
+    for prompt in ("It was a dark and stormy night", "The old man looked at the sea"):
+        if speaks:
+            print(prompt, end="", flush=True)
+        generation = engine.generate(
+            [prompt],
+            SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1),
+            on_text=(lambda _, text: print(text, end="", flush=True)) if speaks else None,
+        )
+        if speaks:
+            print()
+            _print_summary(generation)
+
+
+@app.command(
+    "launch",
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": [],
+    },
+)
+def launch_command(
+    arguments: Annotated[list[str], typer.Argument(help="torchrun's options, then COMMAND ...")],
+) -> None:
+    """Start a command on several ranks: torchrun, with errors in one line.
+
+    For example: dejavu launch --nproc-per-node 2 generate --prompt "Once upon a time"
+    """
+    raise typer.Exit(launch(arguments))
+
+
+def _prompts(prompt: list[str] | None, prompt_file: Path | None, stdin: bool) -> list[str]:
+    if sum((bool(prompt), prompt_file is not None, stdin)) != 1:
+        raise ValueError("give one of --prompt, --prompt-file and --stdin")
+    if prompt_file is None:
+        return prompt or []
+    try:
+        prompts = [line for line in prompt_file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        raise ValueError(f"cannot read {prompt_file}: {reason}") from None
+    if not prompts:
+        raise ValueError(f"{prompt_file} has no prompts: expected one a line")
+    return prompts
+
+
+def _load_engine(model: str, dtype: str, device: str, nvtx_ranges: bool) -> Engine:
+    if nvtx_ranges:
+        nvtx.enable()
+    with _load_progress() as on_load:
+        return Engine.from_pretrained(model, dtype=dtype, device=device, on_load=on_load)
+
+
+@contextmanager
+def _load_progress() -> Iterator[OnLoad | None]:
+    """A bar on a terminal's standard error, on rank 0; nothing elsewhere."""
+    if global_rank() != 0 or not stderr.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("loading")
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _print_results(generation: Generation) -> None:
+    for i, result in enumerate(generation.results):
+        print(f"[{i + 1}] {result.prompt}{result.text}")
+
+
+def _print_summary(generation: Generation) -> None:
+    """One line on standard error: the text on standard output stays clean."""
+    count = sum(len(result.token_ids) for result in generation.results)
+    parts = [f"{count} tokens", f"first after {generation.ttft_ms:.1f} ms"]
+    if generation.ms_per_token is not None and generation.gb_per_s is not None:
+        ms = generation.ms_per_token
+        parts.append(f"{ms['mean']:.2f} ms/token (p50 {ms['p50']:.2f}, p99 {ms['p99']:.2f})")
+        parts.append(f"{generation.tokens_per_s:.1f} tokens/s")
+        parts.append(
+            f"{generation.weight_bytes / 1e6:.1f} MB of weights a step, {generation.gb_per_s:.1f} GB/s"
+        )
+    where = f"{generation.tp} rank(s) of {generation.device}, {generation.dtype}"
+    stderr.print(f"[dim]{' | '.join(parts)} | {where}[/dim]", soft_wrap=True)
+
+
+def main() -> None:
+    """Runs the command; what a user got wrong becomes one line on standard error and exit status 2."""
+    status = 0
+    try:
+        status = app(standalone_mode=False) or 0
+    except (typer.Abort, KeyboardInterrupt):
+        status = 130
+    except typer.TyperException as e:
+        status = _fail(e.format_message())
+    except ValueError as e:
+        if os.environ.get("DEJAVU_TRACEBACK") == "1":
+            raise
+        status = _fail(str(e))
+    finally:
+        shut_down()
+    sys.exit(status)
+
+
+def _fail(message: str) -> int:
+    # before the ranks have met, each node speaks for itself; afterwards they have agreed on the error
+    met = dist.is_initialized()
+    if global_rank() == 0 or (not met and os.environ.get("LOCAL_RANK") == "0"):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The tensor-parallel group: who the ranks are, what each holds, how they agree."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class TPGroup:
+    """The ranks that share one model. ``TPGroup()`` is one rank, on the CPU: all of it in one process."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    _buffers: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    def divide(self, n: int) -> int:
+        """``n / size``; the sizes were checked with the user's config, so a remainder is our mistake."""
+        assert n % self.size == 0, f"{n} is not divisible by tp={self.size}"
+        return n // self.size
+
+    def shard(self, n: int) -> slice:
+        """This rank's contiguous share of ``n`` rows; the last ranks get fewer if ``n`` is not divisible."""
+        share = -(-n // self.size)
+        return slice(min(self.rank * share, n), min((self.rank + 1) * share, n))
+
+    def buffer(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A communication buffer, uninitialised; the same memory at every call: one payload at a time.
+
+        Collectives work in it in place, and a route that needs registered memory has one place to get it.
+        """
+        numel = prod(shape)
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[dtype] = torch.empty(numel, dtype=dtype, device=self.device)
+        return buffer[:numel].view(shape)
+
+    def broadcast_object(self, obj: T) -> T:
+        """Rank 0's ``obj``, on every rank. For the host's control messages, not for tensors of the step."""
+        if self.size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, group_src=0, group=self.group, device=torch.device("cpu"))
+        return box[0]
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Runs ``action`` on every rank; where it fails on one, every rank raises that rank's ValueError.
+
+        Without it the ranks that succeed would wait in their next collective for one that is gone.
+        """
+        result, error = None, None
+        try:
+            result = action()
+        except (ValueError, OSError) as e:
+            if self.size == 1:
+                raise
+            error = str(e)
+        if self.size > 1:
+            errors: list[str | None] = [None] * self.size
+            dist.all_gather_object(errors, error, group=self.group)
+            for rank, message in enumerate(errors):
+                if message is not None:
+                    same_everywhere = all(other == message for other in errors)
+                    raise ValueError(message if same_everywhere else f"rank {rank}: {message}")
+        return result  # type: ignore[return-value]  # None only where T is
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of this rank: ``auto`` is CUDA where there is one, else the CPU.
+
+    Under torchrun the GPU is the one of the local rank.
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or a node starts more ranks than it has GPUs.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={name} is unknown: use auto, cpu or cuda")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise ValueError("device=cuda, but torch sees no CUDA device here; use --device cpu")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks > gpus:
+        raise ValueError(
+            f"{local_ranks} ranks on this node, but {gpus} GPU(s): start one rank a GPU, or use --device cpu"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def init_tp(device: torch.device) -> TPGroup:
+    """Joins the ranks that torchrun (or its environment variables) describes into one group.
+
+    NCCL carries the tensors on CUDA, gloo those on the CPU and every control message.
+
+    Raises:
+        ValueError: the rendezvous cannot be reached, or its port is taken.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return TPGroup(device=device)
+    if not dist.is_initialized():
+        on_cuda = device.type == "cuda"
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as e:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            taken = "EADDRINUSE" in str(e)
+            cause = "its port is in use; choose another MASTER_PORT" if taken else str(e).splitlines()[0]
+            raise ValueError(f"cannot join the other ranks at {where}: {cause}") from e
+    return TPGroup(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=dist.group.WORLD)
+
+
+def shut_down() -> None:
+    """Leaves the group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def global_rank() -> int:
+    """This process's rank, known before any group is: only rank 0 speaks."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,1 @@
+"""Decides what is computed: the active sets that blocks accept."""

@@ -1,0 +1,1 @@
+"""The instruments: NVTX ranges and records of measurements."""

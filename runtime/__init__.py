@@ -1,0 +1,1 @@
+"""Answers a request: config, weights, model, cache, sampling, engine."""

@@ -1,0 +1,128 @@
+"""The architecture of an OPT model, as its ``config.json`` states it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The sizes without which there is no model; Hugging Face's name -> ours where they differ.
+_REQUIRED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_dim": "ffn_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "max_position_embeddings",
+}
+# What Hugging Face assumes where a config is silent (the hub's OPT configs leave out most of these).
+_OPTIONAL: dict[str, Any] = {
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OPTConfig:
+    """Sizes and kinds, in Hugging Face's terms (``num_layers`` and ``num_heads`` for short).
+
+    Raises:
+        ValueError: the sizes contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    ffn_dim: int
+    num_layers: int
+    num_heads: int
+    max_position_embeddings: int
+    word_embed_proj_dim: int
+    do_layer_norm_before: bool = True  # False for opt-350m alone
+    has_final_layer_norm: bool = True
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int = 2
+    eos_token_id: int = 2
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        for name in (*_REQUIRED.values(), "word_embed_proj_dim"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}={size!r} is not a positive integer")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def check_tp(self, size: int) -> None:
+        """Whether ``size`` ranks can share this model.
+
+        Raises:
+            ValueError: they can't; the message says which sizes can.
+        """
+        fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == self.ffn_dim % n == 0]
+        if size not in fits:
+            raise ValueError(
+                f"num_heads={self.num_heads} and ffn_dim={self.ffn_dim} cannot be split over {size} ranks; "
+                f"{', '.join(map(str, fits))} would work"
+            )
+
+    @classmethod
+    def from_json(cls, path: Path) -> "OPTConfig":
+        """Reads a Hugging Face ``config.json``.
+
+        Raises:
+            ValueError: it is missing, damaged, or describes a model that this runtime does not run.
+        """
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{path.parent} is no model directory: it has no {path.name}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise ValueError(f"{path} is not valid JSON: {e}") from None
+        if not isinstance(raw, dict) or raw.get("model_type") != "opt":
+            kind = raw.get("model_type") if isinstance(raw, dict) else None
+            raise ValueError(f"{path}: model_type is {kind!r}, but this runtime runs 'opt' alone")
+        if (activation := raw.get("activation_function", "relu")) != "relu":
+            raise ValueError(
+                f"{path}: activation_function is {activation!r}; contextual sparsity needs 'relu'"
+            )
+        if missing := [name for name in _REQUIRED if name not in raw]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        pre_norm = raw.get("do_layer_norm_before", True)
+        try:
+            return cls(
+                **{ours: raw[theirs] for theirs, ours in _REQUIRED.items()},
+                **{name: raw.get(name, default) for name, default in _OPTIONAL.items()},
+                word_embed_proj_dim=raw.get("word_embed_proj_dim") or raw["hidden_size"],
+                has_final_layer_norm=pre_norm and not raw.get("_remove_final_layer_norm", False),
+                dtype=parse_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+            )
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """``fp16``, ``bf16``, ``fp32`` or torch's own names."""
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={name!r} is unknown: use fp16, bf16 or fp32")
+    return _DTYPES[name]

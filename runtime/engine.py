@@ -1,0 +1,324 @@
+"""Answers requests: loads a model, prefills a batch of prompts, decodes until every one is finished."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from dejavu.parallel.groups import TPGroup, init_tp, pick_device
+from dejavu.profiles.nvtx import nvtx_range
+from dejavu.runtime.cache import KVCache
+from dejavu.runtime.config import OPTConfig, parse_dtype
+from dejavu.runtime.opt import OPTModel
+from dejavu.runtime.sampling import Sampler, SamplingParams
+from dejavu.runtime.text import TextStream
+from dejavu.runtime.weights import Checkpoint, find_model
+from torch import Tensor
+
+OnText = Callable[[int, str], None]
+OnLoad = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one prompt. ``finish_reason``: ``stop`` (stop string or end of text) or ``length``."""
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The answers in the prompts' order, and what they cost.
+
+    Times are the host's, from token to token as a user sees them. ``ttft_ms`` is the prefill up to the first
+    token, the mean over batches; ``ms_per_token`` (mean, p50, p99) is a decode step of the whole batch, None
+    if there was none. ``tokens_per_s`` counts the new tokens of all sequences over the whole time.
+    ``weight_bytes`` is what one rank reads of the weights in a step, ``gb_per_s`` that over the mean step.
+    """
+
+    results: list[Result]
+    ttft_ms: float
+    ms_per_token: dict[str, float] | None
+    tokens_per_s: float
+    weight_bytes: int
+    gb_per_s: float | None
+    density: dict[str, float]
+    policy: str
+    tp: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeState:
+    """All that one decode step reads and writes, on the device: ``tokens [B]``, the newest of each sequence,
+    and ``alive [B]``, 1 until a sequence is finished."""
+
+    tokens: Tensor
+    alive: Tensor
+    cache: KVCache
+    sampler: Sampler
+
+
+class Engine:
+    """One rank's engine; every rank calls the same methods with the same arguments.
+
+    Args:
+        model: the rank's share of the network, loaded.
+        tokenizer: the Hugging Face tokenizer that belongs to it.
+        tp: the group that shares the model.
+    """
+
+    def __init__(self, model: OPTModel, tokenizer: Any, tp: TPGroup) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tp = tp
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        tp: TPGroup | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        on_load: OnLoad | None = None,
+    ) -> "Engine":
+        """Loads this rank's slices of a model.
+
+        Args:
+            model: ``demo``, a Hugging Face directory, or a hub id.
+            tp: the group to share the model with; by default the ranks that torchrun started.
+            dtype: ``fp16``, ``bf16``, ``fp32``; ``auto`` is the checkpoint's on CUDA and fp32 on the CPU.
+            device: ``auto``, ``cpu`` or ``cuda``; goes unused if ``tp`` is given.
+            on_load: called with (bytes read, bytes of this rank's share) as the weights come in.
+
+        Raises:
+            ValueError: no such model, a damaged one, or one that these ranks cannot share.
+        """
+        wanted = None if dtype == "auto" else parse_dtype(dtype)
+        if tp is None:
+            tp = init_tp(pick_device(device))
+        network, tokenizer = tp.agree(partial(_load, model, tp, wanted, on_load))
+        return cls(network, tokenizer, tp)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  (frozen)
+        *,
+        max_batch: int = 16,
+        on_text: OnText | None = None,
+    ) -> Generation:
+        """Continues every prompt.
+
+        Args:
+            prompts: any number, of any lengths; run in batches of at most ``max_batch``.
+            params: one for each prompt, or one for all; then prompt ``i`` draws with ``seed + i``, so that
+                the same prompt twice gives two samples.
+            on_text: called with (prompt's index, new text) as soon as text is certain.
+
+        Raises:
+            ValueError: an empty prompt, one too long for the model's positions, no prompts.
+        """
+        requests = self._requests(prompts, params)
+        if max_batch < 1:
+            raise ValueError(f"max_batch={max_batch} is less than 1")
+        ttft: list[float] = []
+        steps: list[float] = []
+        for start in range(0, len(requests), max_batch):
+            self._run(requests[start : start + max_batch], ttft, steps, on_text)
+        return self._generation(requests, ttft, steps)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> DecodeState:
+        """Runs the prompts' token ids through the model and samples the first token of each."""
+        device = self.tp.device
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        capacity = max(len(ids) + p.max_new_tokens for ids, p in zip(prompts, params, strict=True))
+        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, ids in zip(padded, prompts, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        token_ids, lengths = padded.to(device), lengths.to(device)
+        cache = self.model.empty_cache(len(prompts), capacity)
+        sampler = Sampler.create(params, device)
+        with nvtx_range("prefill"):
+            step = cache.prompt(token_ids.shape[1])
+            x = self.model(self.model.embed(token_ids, step.positions), cache, step)
+            last = x[torch.arange(len(prompts), device=device), lengths - 1]
+            cache.lengths.copy_(lengths)
+            tokens = sampler(self.model.logits(last))
+        return DecodeState(tokens=tokens, alive=torch.ones_like(tokens), cache=cache, sampler=sampler)
+
+    @torch.inference_mode()
+    def decode_step(self, state: DecodeState) -> None:
+        """One more token for every sequence, in place; device tensors only, and nothing waits for the host.
+
+        A finished sequence does not advance: what it computes is overwritten by what it computes next.
+        """
+        with nvtx_range("decode"):
+            step = state.cache.step(1)
+            x = self.model(self.model.embed(state.tokens[:, None], step.positions), state.cache, step)
+            state.cache.lengths.add_(state.alive)
+            logits = self.model.logits(x[:, -1])
+            with nvtx_range("sample"):
+                state.tokens.copy_(state.sampler(logits))
+
+    def _requests(
+        self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list["_Request"]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts is a string, expected a list of strings")
+        if not prompts:
+            raise ValueError("there are no prompts")
+        if isinstance(params, SamplingParams):
+            params = [replace(params, seed=(params.seed + i) % 2**63) for i in range(len(prompts))]
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
+        return [
+            _Request(i, prompt, self.tokenize(prompt, p), p, TextStream(self.tokenizer, p.stop))
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+        ]
+
+    def tokenize(self, prompt: str, params: SamplingParams) -> list[int]:
+        """The token ids of a prompt that fits the model together with the tokens to come.
+
+        Raises:
+            ValueError: it is empty or does not fit.
+        """
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError("the prompt is empty")
+        ids: list[int] = self.tokenizer(prompt).input_ids
+        config = self.model.config
+        if len(ids) + params.max_new_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and max_new_tokens={params.max_new_tokens} do not fit the "
+                f"model's {config.max_position_embeddings} positions"
+            )
+        if max(ids) >= config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {max(ids)}, but the model's vocab_size is {config.vocab_size}"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def _run(
+        self, batch: Sequence["_Request"], ttft: list[float], steps: list[float], on_text: OnText | None
+    ) -> None:
+        """Prefills and decodes one batch to its last sequence's end; appends ms to ``ttft`` and ``steps``."""
+        clock = time.perf_counter()
+        state = self.prefill([r.prompt_ids for r in batch], [r.params for r in batch])
+        times = ttft
+        while True:
+            tokens = state.tokens.tolist()  # the one wait of a step
+            times.append(1e3 * (time.perf_counter() - clock))
+            for i, (request, token) in enumerate(zip(batch, tokens, strict=True)):
+                if request.finish_reason is None:
+                    text = request.push(token, self.model.config.eos_token_id)
+                    if on_text is not None and text:
+                        on_text(request.index, text)
+                    if request.finish_reason is not None:
+                        state.alive[i] = 0
+            if all(request.finish_reason is not None for request in batch):
+                return
+            clock, times = time.perf_counter(), steps
+            self.decode_step(state)
+
+    def _generation(
+        self, requests: Sequence["_Request"], ttft: list[float], steps: list[float]
+    ) -> Generation:
+        mean = float(np.mean(steps)) if steps else None
+        weight_bytes = self.model.decode_bytes()
+        device = self.tp.device
+        return Generation(
+            results=[request.result() for request in requests],
+            ttft_ms=float(np.mean(ttft)),
+            ms_per_token=None
+            if mean is None
+            else {
+                "mean": mean,
+                "p50": float(np.percentile(steps, 50)),
+                "p99": float(np.percentile(steps, 99)),
+            },
+            tokens_per_s=1e3 * sum(len(r.token_ids) for r in requests) / (sum(ttft) + sum(steps)),
+            weight_bytes=weight_bytes,
+            gb_per_s=None if mean is None else weight_bytes / mean / 1e6,
+            density={"mlp": 1.0, "heads": 1.0},
+            policy="dense",
+            tp=self.tp.size,
+            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        )
+
+
+@dataclass(slots=True)
+class _Request:
+    """A prompt on its way to a `Result`."""
+
+    index: int
+    prompt: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+    def push(self, token: int, eos_token_id: int) -> str:
+        """Takes the next token, decides whether it is the last, and returns the text that became certain."""
+        self.token_ids.append(token)
+        text = self.stream.push(token)
+        if self.stream.stopped or (token == eos_token_id and not self.params.ignore_eos):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.params.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self.stream.finish()
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+        return text
+
+    def result(self) -> Result:
+        assert self.finish_reason is not None
+        return Result(self.prompt, self.stream.text, self.token_ids, self.finish_reason)
+
+
+@torch.no_grad()
+def _load(model: str, tp: TPGroup, dtype: torch.dtype | None, on_load: OnLoad | None) -> tuple[OPTModel, Any]:
+    """This rank's share of the network, and the tokenizer."""
+    directory = find_model(model)
+    config = OPTConfig.from_json(directory / "config.json")
+    with torch.device("meta"):
+        network = OPTModel(config, tp=tp)
+    tokenizer = _load_tokenizer(directory)
+    dtype = dtype or (torch.float32 if tp.device.type == "cpu" else config.dtype)
+    total = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    done = 0
+
+    def on_read(numel: int) -> None:
+        nonlocal done
+        done += numel * dtype.itemsize
+        if on_load is not None:
+            on_load(done, total)
+
+    with nvtx_range("load"):
+        checkpoint = Checkpoint(directory, on_read)
+        network.to(dtype).requires_grad_(False).to_empty(device=tp.device)
+        network.load(checkpoint)
+    return network, tokenizer
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer  # here, for it takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as e:  # the library raises whatever its many backends raise
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{directory} has no usable tokenizer: {reason}") from None

@@ -1,0 +1,236 @@
+"""The OPT decoder (arXiv 2205.01068), one rank's share of it.
+
+Shape legend: B batch, S query length, T cache length, D hidden, N local heads, H head dim, V vocabulary.
+The residual stream ``[B, S, D]`` is the same on every rank.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from dejavu.kernels.sparse_attention import sparse_attention_reference
+from dejavu.kernels.sparse_mlp import sparse_mlp_reference
+from dejavu.parallel.collectives import reduce_residual_norm
+from dejavu.parallel.groups import TPGroup
+from dejavu.parallel.layers import (
+    ColumnParallelLinear,
+    LayerNorm,
+    PositionEmbedding,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    TensorReader,
+    VocabParallelEmbedding,
+)
+from dejavu.predictors.selection import ActiveSet, Chosen
+from dejavu.profiles.nvtx import nvtx_range
+from dejavu.runtime.cache import KVCache, LayerKV, Step
+from dejavu.runtime.config import OPTConfig
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over this rank's heads."""
+
+    def __init__(self, config: OPTConfig, *, tp: TPGroup) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.qkv_proj = QKVParallelLinear(D, config.num_heads, bias=config.enable_bias, tp=tp)
+        self.out_proj = RowParallelLinear(D, D, bias=config.enable_bias, tp=tp)
+
+    def forward(
+        self, x: Tensor, kv: LayerKV, step: Step, heads: Chosen | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``; appends to ``kv``.
+
+        With ``heads`` (one query a sequence), keys and values are still computed for every head, so that
+        those of a head chosen later are complete.
+        """
+        q, k, v = self.qkv_proj(x)
+        kv.write(k, v, step)
+        if heads is not None:
+            assert step.mask is not None and x.shape[1] == 1, "heads are chosen when decoding only"
+            out_proj = self.out_proj.weight.data.unflatten(0, q.shape[-2:])
+            return sparse_attention_reference(
+                q, kv.keys, kv.values, step.mask, out_proj, heads.ids, heads.count, out=out
+            )
+        if step.mask is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            k, v = kv.keys, kv.values
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=step.mask, is_causal=step.mask is None
+        )
+        partial: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2), out=out)
+        return partial
+
+
+class MLP(nn.Module):
+    """fc1, ReLU, fc2 over this rank's neurons."""
+
+    def __init__(self, config: OPTConfig, *, tp: TPGroup) -> None:
+        super().__init__()
+        D, ffn_dim, bias = config.hidden_size, config.ffn_dim, config.enable_bias
+        self.fc1 = ColumnParallelLinear(D, ffn_dim, bias=bias, tp=tp)
+        self.fc2 = RowParallelLinear(ffn_dim, D, bias=bias, tp=tp)
+
+    def forward(self, x: Tensor, neurons: Chosen | None = None, out: Tensor | None = None) -> Tensor:
+        """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``."""
+        if neurons is None:
+            partial: Tensor = self.fc2(F.relu(self.fc1(x)), out=out)
+            return partial
+        fc1, fc2 = self.fc1, self.fc2
+        return sparse_mlp_reference(
+            x, fc1.weight.data, fc1.bias, fc2.weight.data, neurons.ids, neurons.count, out=out
+        )
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each ended by the block boundary that also prepares the next block's input."""
+
+    def __init__(self, config: OPTConfig, index: int, *, tp: TPGroup) -> None:
+        super().__init__()
+        self.name = f"layer.{index}"
+        self.tp = tp
+        self.pre_norm = config.do_layer_norm_before
+        self.self_attn = Attention(config, tp=tp)
+        self.self_attn_layer_norm = _layer_norm(config)
+        self.mlp = MLP(config, tp=tp)
+        self.final_layer_norm = _layer_norm(config)
+
+    def forward(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        kv: LayerKV,
+        step: Step,
+        next_norm: LayerNorm | None,
+        active: ActiveSet,
+    ) -> tuple[Tensor, Tensor]:
+        """``residual`` and ``x [B, S, D]``, what attention reads of it, to the same two of the next layer."""
+        mlp_norm = self.final_layer_norm if self.pre_norm else self.self_attn_layer_norm
+        out = self.tp.buffer(x.shape, x.dtype)
+        with nvtx_range(f"{self.name}/attention"):
+            partial = self.self_attn(x, kv, step, active.heads, out)
+            residual, x = self.boundary(partial, residual, self.self_attn.out_proj.bias, mlp_norm)
+        with nvtx_range(f"{self.name}/mlp"):
+            partial = self.mlp(x, active.neurons, out)
+            return self.boundary(partial, residual, self.mlp.fc2.bias, next_norm)
+
+    def boundary(
+        self, partial: Tensor, residual: Tensor, bias: Tensor | None, norm: LayerNorm | None
+    ) -> tuple[Tensor, Tensor]:
+        residual, x = reduce_residual_norm(partial, residual, bias, norm, tp=self.tp)
+        return (residual if self.pre_norm else x), x  # post-norm: the stream itself is normed
+
+    def load(self, reader: TensorReader, name: str) -> None:
+        self.self_attn.qkv_proj.load(reader, f"{name}.self_attn")
+        self.self_attn.out_proj.load(reader, f"{name}.self_attn.out_proj")
+        self.self_attn_layer_norm.load(reader, f"{name}.self_attn_layer_norm")
+        self.mlp.fc1.load(reader, f"{name}.fc1")
+        self.mlp.fc2.load(reader, f"{name}.fc2")
+        self.final_layer_norm.load(reader, f"{name}.final_layer_norm")
+
+
+class OPTModel(nn.Module):
+    """Embedding, a range of the decoder layers, and the head; one rank's slices of each.
+
+    The first stage of a pipeline is the one whose ``layers`` begin at 0, the last the one whose end at
+    ``num_layers``; what a stage does not need it does not hold.
+
+    Raises:
+        ValueError: ``tp.size`` ranks cannot share this model.
+    """
+
+    def __init__(self, config: OPTConfig, *, tp: TPGroup, layers: range | None = None) -> None:
+        super().__init__()
+        config.check_tp(tp.size)
+        self.config = config
+        self.tp = tp
+        self.layer_range = range(config.num_layers) if layers is None else layers
+        self.is_first = self.layer_range.start == 0
+        self.is_last = self.layer_range.stop == config.num_layers
+        D, E, V = config.hidden_size, config.word_embed_proj_dim, config.vocab_size
+        tied = config.tie_word_embeddings
+
+        needs_table = self.is_first or (self.is_last and tied)
+        self.embed_tokens = VocabParallelEmbedding(V, E, tp=tp) if needs_table else None
+        self.embed_positions = PositionEmbedding(config.max_position_embeddings, D) if self.is_first else None
+        self.project_in = ReplicatedLinear(E, D) if self.is_first and E != D else None
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
+            DecoderLayer(config, i, tp=tp) for i in self.layer_range
+        )
+        self.final_layer_norm = _layer_norm(config) if self.is_last and config.has_final_layer_norm else None
+        self.project_out = ReplicatedLinear(D, E) if self.is_last and E != D else None
+        self.lm_head = VocabParallelEmbedding(V, E, tp=tp) if self.is_last and not tied else None
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and positions ``[B, S]`` to the residual stream ``[B, S, D]``."""
+        assert self.embed_tokens is not None and self.embed_positions is not None
+        with nvtx_range("embed"):
+            x = self.embed_tokens(token_ids)
+            if self.project_in is not None:
+                x = self.project_in(x)
+            hidden: Tensor = x + self.embed_positions(positions)
+            return hidden
+
+    def forward(
+        self, residual: Tensor, cache: KVCache, step: Step, active: Sequence[ActiveSet] | None = None
+    ) -> Tensor:
+        """The residual stream ``[B, S, D]`` through this stage's layers; the last stage gives it normed.
+
+        ``cache`` and ``active`` (None: everything) hold this stage's layers only.
+        """
+        x = residual
+        if self.config.do_layer_norm_before and len(self.layers):
+            x = self.layers[0].self_attn_layer_norm(residual)
+        for i, layer in enumerate(self.layers):
+            chosen = ActiveSet() if active is None else active[i]
+            with nvtx_range(layer.name):
+                residual, x = layer(residual, x, cache.layer(i), step, self._norm_after(i), chosen)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last stage's output ``[B, D]`` to logits ``[B, V]`` in fp32, the same on every rank."""
+        head = self.lm_head if self.lm_head is not None else self.embed_tokens
+        assert head is not None
+        with nvtx_range("head"):
+            if self.project_out is not None:
+                x = self.project_out(x)
+            return head.logits(x).float()
+
+    def load(self, reader: TensorReader) -> None:
+        """Reads this rank's slices of every tensor, one at a time."""
+        for name in ("embed_tokens", "embed_positions", "project_in", "project_out", "final_layer_norm"):
+            module = getattr(self, name)
+            if module is not None:
+                module.load(reader, f"model.decoder.{name}")
+        for i, layer in zip(self.layer_range, self.layers, strict=True):
+            layer.load(reader, f"model.decoder.layers.{i}")
+        if self.lm_head is not None:
+            self.lm_head.load(reader, "lm_head")
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache for ``batch`` sequences of at most ``length`` tokens in this stage's layers."""
+        config = self.config
+        shape = (len(self.layers), batch, self.tp.divide(config.num_heads), length, config.head_dim)
+        return KVCache.empty(shape, next(self.parameters()).dtype, self.tp.device)
+
+    def decode_bytes(self) -> int:
+        """Bytes of weights that one decode step reads on this rank: all but the tables it only looks up."""
+        lookups = {id(self.embed_positions)} | (
+            {id(self.embed_tokens)} if self.lm_head is not None else set()
+        )
+        read = (p for child in self.children() if id(child) not in lookups for p in child.parameters())
+        return sum(p.nbytes for p in read)
+
+    def _norm_after(self, i: int) -> LayerNorm | None:
+        """The norm between layer ``i``'s MLP and whatever reads its output."""
+        if not self.config.do_layer_norm_before:
+            return self.layers[i].final_layer_norm
+        if i + 1 < len(self.layers):
+            return self.layers[i + 1].self_attn_layer_norm
+        return self.final_layer_norm
+
+
+def _layer_norm(config: OPTConfig) -> LayerNorm:
+    return LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine)

@@ -1,0 +1,142 @@
+"""Finds a Hugging Face checkpoint and reads slices of its tensors."""
+
+import json
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DEMO = "demo"
+_FORMATS = ("model.safetensors", "pytorch_model.bin")
+
+
+def find_model(name: str) -> Path:
+    """The directory of a model: ``demo``, a directory, or a Hugging Face hub id (downloaded once).
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name == DEMO:
+        return Path(str(files("dejavu.launch"))) / "demo" / "opt-books-8m"
+    if (directory := Path(name).expanduser()).is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"no such model: {name!r} is not a directory, not a hub id and not 'demo'")
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not any(directory.glob("*.safetensors")):
+            snapshot_download(hub_id, allow_patterns=["*.bin"])
+    except (OSError, ValueError) as e:  # the hub's own errors are subclasses of these
+        cause = " ".join(str(e).split(". ")[0].split())
+        raise ValueError(f"no such model: {hub_id!r} is not a directory, and the hub says: {cause}") from None
+    return directory
+
+
+class Checkpoint:
+    """The tensors of a model directory: safetensors or ``.bin``, in one file or in shards with an index.
+
+    Files are mapped, not loaded: a slice costs its own bytes. `bytes_read` counts them.
+
+    Args:
+        directory: the model's directory.
+        on_read: called with the number of elements of every slice read.
+
+    Raises:
+        ValueError: no weights, a missing or damaged file.
+    """
+
+    def __init__(self, directory: Path, on_read: Callable[[int], None] | None = None) -> None:
+        self.directory = directory
+        self.bytes_read = 0
+        self._on_read = on_read
+        self._files: dict[Path, dict[str, Any]] = {}
+        self._where = self._locate()
+        # the hub's oldest OPT files have the tensors of the decoder without the prefix "model."
+        self._prefix = "" if any(name.startswith("model.") for name in self._where) else "model."
+
+    def __contains__(self, name: str) -> bool:
+        return name.removeprefix(self._prefix) in self._where
+
+    def read(self, name: str, shape: tuple[int, ...], *index: slice) -> Tensor:
+        """The part ``[index]`` of the tensor ``name``, which must have the global ``shape``.
+
+        The result may be a view of the mapped file: copy it, don't keep it.
+
+        Raises:
+            ValueError: no such tensor, or one of another shape.
+        """
+        stored = name.removeprefix(self._prefix)
+        if stored not in self._where:
+            raise ValueError(f"{self.directory} has no tensor {name}")
+        path = self._where[stored]
+        tensor = self._open(path)[stored]
+        found = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+        if found != shape:
+            raise ValueError(f"{path}: {name} has shape {list(found)}, the config expects {list(shape)}")
+        part: Tensor = tensor[index or (slice(None),)]
+        self.bytes_read += part.nbytes
+        if self._on_read is not None:
+            self._on_read(part.numel())
+        return part
+
+    def _locate(self) -> dict[str, Path]:
+        """Which file holds each tensor."""
+        for name in _FORMATS:
+            single, index = self.directory / name, self.directory / f"{name}.index.json"
+            if index.is_file():
+                return self._read_index(index)
+            if single.is_file():
+                return dict.fromkeys(self._open(single), single)
+        raise ValueError(
+            f"{self.directory} has no weights: expected one of {', '.join(_FORMATS)}, or its index"
+        )
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            where = {name: self.directory / file for name, file in weight_map.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{index} is damaged: {type(e).__name__}: {e}") from None
+        if missing := sorted({path.name for path in where.values() if not path.is_file()}):
+            raise ValueError(f"{self.directory} lacks {', '.join(missing)}, which {index.name} names")
+        for name, path in where.items():
+            if name not in self._open(path):
+                raise ValueError(f"{path} has no tensor {name}, though {index.name} says so")
+        return where
+
+    def _open(self, path: Path) -> dict[str, Any]:
+        """The tensors of a file by name, as objects that read when they are indexed."""
+        if path not in self._files:
+            opener = _open_safetensors if path.suffix == ".safetensors" else _open_bin
+            self._files[path] = opener(path)
+        return self._files[path]
+
+
+def _open_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        file = safe_open(path, framework="pt")
+        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is not a dict)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
+
+
+def _open_bin(path: Path) -> dict[str, Any]:
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:  # torch raises whatever its parts raise: pickle, zip, RuntimeError, OSError
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{path} is damaged or no weights-only torch file: {reason}") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, expected a state dict")
+    return tensors
