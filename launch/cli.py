@@ -207,8 +207,8 @@ def main() -> None:
 
 def _fail(message: str) -> int:
     # before the ranks have met, each node speaks for itself; afterwards they have agreed on the error
-    met = dist.is_initialized()
-    if global_rank() == 0 or (not met and os.environ.get("LOCAL_RANK") == "0"):
+    speaks = global_rank() == 0 or (not dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0")
+    if speaks and message:  # without one, the help was asked for and shown
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return USER_ERROR
 

@@ -23,7 +23,7 @@ def find_model(name: str) -> Path:
     """
     if name == DEMO:
         return Path(str(files("dejavu.launch"))) / "demo" / "opt-books-8m"
-    if (directory := Path(name).expanduser()).is_dir():
+    if name and (directory := Path(name).expanduser()).is_dir():
         return directory
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"no such model: {name!r} is not a directory, not a hub id and not 'demo'")
@@ -32,15 +32,21 @@ def find_model(name: str) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
         if not any(directory.glob("*.safetensors")):
             snapshot_download(hub_id, allow_patterns=["*.bin"])
-    except (OSError, ValueError) as e:  # the hub's own errors are subclasses of these
-        cause = " ".join(str(e).split(". ")[0].split())
-        raise ValueError(f"no such model: {hub_id!r} is not a directory, and the hub says: {cause}") from None
-    return directory
+    except LocalEntryNotFoundError:
+        cause = "the hub cannot be reached, nor is it in the cache"
+    except RepositoryNotFoundError:
+        cause = "the hub has no public model of that name"
+    except (OSError, ValueError) as e:  # the rest of the hub's errors are subclasses of these
+        cause = str(e).strip().partition("\n")[0]
+    else:
+        return directory
+    raise ValueError(f"no such model: {hub_id!r} is not a directory, and {cause}")
 
 
 class Checkpoint:

@@ -1,0 +1,246 @@
+"""Loading: every format gives the same weights, each rank reads its own share, and damage is named."""
+
+import gc
+import json
+import shutil
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dejavu.runtime.engine import Engine
+from dejavu.runtime.weights import Checkpoint, find_model
+from models import make_model
+from ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def copy(model_dir, tmp_path):
+    """A copy of the model that a test may damage."""
+    return shutil.copytree(model_dir, tmp_path / "copy")
+
+
+def as_single_bin(directory):
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def as_old_hub_bin(directory):
+    """The names of the first OPT files on the hub, without the prefix ``model.``."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    torch.save(tensors, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def as_shards(directory, save, suffix):
+    """Three files, a tensor here and a tensor there, and their index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    files = [f"{stem}-{i + 1:05}-of-00003.{suffix}" for i in range(3)]
+    where = {name: files[i % 3] for i, name in enumerate(sorted(tensors))}
+    for file in files:
+        save({name: tensors[name] for name in tensors if where[name] == file}, directory / file)
+    index = directory / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+FORMATS = {
+    "one .bin": as_single_bin,
+    "the hub's old names": as_old_hub_bin,
+    "sharded safetensors": partial(as_shards, save=save_file, suffix="safetensors"),
+    "sharded .bin": partial(as_shards, save=torch.save, suffix="bin"),
+}
+
+
+def state(tp, directory):
+    model = Engine.from_pretrained(str(directory), tp=tp, dtype="fp32").model
+    return {name: p.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_gives_the_same_weights(model_dir, copy, form, ranks):
+    FORMATS[form](copy)
+    expected = run_ranks(ranks, state, model_dir)
+    for found, wanted in zip(run_ranks(ranks, state, copy), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+def test_weights_lie_head_and_neuron_major(model_dir):
+    model = Engine.from_pretrained(str(model_dir), dtype="fp32").model
+    stored = load_file(model_dir / "model.safetensors")
+    name = "model.decoder.layers.1"
+    layer = model.layers[1]
+    assert layer.mlp.fc2.weight.data.is_contiguous() and layer.self_attn.qkv_proj.weight.data.is_contiguous()
+    torch.testing.assert_close(layer.mlp.fc2.weight.data, stored[f"{name}.fc2.weight"].T)
+    heads = layer.self_attn.qkv_proj.weight.data  # [N, 3, H, D]
+    assert heads.shape == (4, 3, 8, 32)
+    torch.testing.assert_close(heads[2, 1], stored[f"{name}.self_attn.k_proj.weight"][16:24])
+    out = layer.self_attn.out_proj.weight.data
+    torch.testing.assert_close(out[16:24], stored[f"{name}.self_attn.out_proj.weight"][:, 16:24].T)
+    assert layer.mlp.fc1.weight.scale is None
+
+
+def reading(tp, directory):
+    """(bytes read, bytes held, the most bytes of read tensors alive at once, the largest) on this rank."""
+    alive, peak, largest = 0, 0, 0
+    read = Checkpoint.read
+
+    def released(n):
+        nonlocal alive
+        alive -= n
+
+    def counted(self, name, shape, *index):
+        nonlocal alive, peak, largest
+        part = read(self, name, shape, *index)
+        weakref.finalize(part, released, part.nbytes)
+        alive += part.nbytes
+        peak, largest = max(peak, alive), max(largest, part.nbytes)
+        checkpoints.add(self)
+        return part
+
+    checkpoints = set()
+    gc.disable()
+    Checkpoint.read = counted
+    try:
+        engine = Engine.from_pretrained(str(directory), tp=tp, dtype="fp32")
+    finally:
+        Checkpoint.read = read
+        gc.enable()
+    (checkpoint,) = checkpoints
+    held = sum(p.nbytes for p in engine.model.parameters())
+    return checkpoint.bytes_read, held, peak, largest
+
+
+@pytest.mark.parametrize("form", [None, "one .bin"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_rank_reads_its_share_and_holds_one_tensor_more(copy, ranks, form):
+    if form is not None:
+        FORMATS[form](copy)
+    for bytes_read, held, peak, largest in run_ranks(ranks, reading, copy):
+        assert bytes_read == held  # every byte it holds is read, and read once
+        assert peak == largest
+
+
+def test_shares_of_the_sharded_tensors_add_up(model_dir):
+    whole = sum(t.nbytes for t in load_file(model_dir / "model.safetensors").values())
+    read = [bytes_read for bytes_read, *_ in run_ranks(4, reading, model_dir)]
+    replicated = (4 * read[0] - whole) / 3  # positions, norms, row-parallel biases
+    assert len(set(read)) == 1
+    assert 0 < replicated < 0.3 * whole
+
+
+def load(directory):
+    return Engine.from_pretrained(str(directory), dtype="fp32")
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rewrite(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: (d / "model.safetensors").unlink(), "copy has no weights: expected one of model.safetens"),
+        (lambda d: (d / "config.json").unlink(), "copy is no model directory: it has no config.json"),
+        (
+            lambda d: (d / "tokenizer.json").unlink(),
+            "copy has no usable tokenizer",
+        ),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64),
+            r"model\.safetensors is damaged or no safetensors file",
+        ),
+        (
+            lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
+            r"model\.safetensors is damaged or no safetensors file",
+        ),
+        (lambda d: edit_config(d, ffn_dim=128), r"fc1\.weight has shape \[64, 32\].* expects \[128, 32\]"),
+        (lambda d: edit_config(d, num_hidden_layers=3), r"copy has no tensor model\.decoder\.layers\.2\."),
+        (lambda d: edit_config(d, tie_word_embeddings=False), r"copy has no tensor lm_head\.weight"),
+        (
+            lambda d: rewrite(d, lambda t: t.pop("model.decoder.layers.0.fc1.bias")),
+            r"copy has no tensor model\.decoder\.layers\.0\.fc1\.bias",
+        ),
+    ],
+)
+def test_damage_is_named(copy, damage, message):
+    damage(copy)
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_a_missing_shard_is_named(copy):
+    FORMATS["sharded safetensors"](copy)
+    (copy / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks model-00002-of-00003.safetensors, which model.safetensors.ind"):
+        load(copy)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_a_damaged_index_is_named(copy, index):
+    FORMATS["sharded .bin"](copy)
+    (copy / "pytorch_model.bin.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin.index.json is damaged"):
+        load(copy)
+
+
+def test_a_pickle_with_code_is_refused(copy):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("the pickle ran",))
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"x": Bomb()}, copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged or no weights-only"):
+        load(copy)
+
+
+def test_hub_ids_come_from_the_cache(model_dir, tmp_path, monkeypatch):
+    repo = tmp_path / "models--someone--tiny-opt"
+    shutil.copytree(model_dir, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_model("someone/tiny-opt") == repo / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize("name", ["no-such-directory", "/no/such/directory", "some one/model", ""])
+def test_a_name_that_can_be_no_model(name):
+    with pytest.raises(ValueError, match="no such model"):
+        find_model(name)
+
+
+def test_a_hub_id_that_is_not_to_be_had(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="'someone/none' is not a directory, and the hub cannot be reached"):
+        find_model("someone/none")
+
+
+def damaged_on_one_rank(tp, directory):
+    if tp.rank == 1:
+        directory = directory / "nowhere"
+    with pytest.raises(ValueError, match="rank 1: no such model"):
+        Engine.from_pretrained(str(directory), tp=tp)
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(model_dir):
+    run_ranks(2, damaged_on_one_rank, model_dir)
+
+
