@@ -11,15 +11,16 @@ from typing import Annotated
 
 import torch.distributed as dist
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
 from dejavu.profiles import nvtx
-from dejavu.runtime.engine import Engine, Generation, OnLoad
+from dejavu.runtime.engine import Engine, Generation, OnLoad, OnText
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.weights import DEMO
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 stderr = Console(stderr=True, highlight=False)
@@ -78,14 +79,8 @@ def generate(
         answer_stream(engine, sys.stdin, _print_line, defaults=params, max_batch=max_batch)
         return
     stream = speaks and not as_json and len(prompts) == 1
-    if stream:
-        print(prompts[0], end="", flush=True)
-    generation = engine.generate(
-        prompts,
-        params,
-        max_batch=max_batch,
-        on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
-    )
+    on_text = _print_as_it_comes(prompts[0]) if stream else None
+    generation = engine.generate(prompts, params, max_batch=max_batch, on_text=on_text)
     if speaks and as_json:
         _print_line(json.dumps(asdict(generation), ensure_ascii=False))
     elif speaks:
@@ -99,13 +94,9 @@ def demo(dtype: DType = "auto", device: Device = "auto", nvtx_ranges: NVTX = Fal
     engine = _load_engine(DEMO, dtype, device, nvtx_ranges)
     speaks = engine.tp.rank == 0
     for prompt in ("It was a dark and stormy night", "The old man looked at the sea"):
-        if speaks:
-            print(prompt, end="", flush=True)
-        generation = engine.generate(
-            [prompt],
-            SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1),
-            on_text=(lambda _, text: print(text, end="", flush=True)) if speaks else None,
-        )
+        params = SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1)
+        on_text = _print_as_it_comes(prompt) if speaks else None
+        generation = engine.generate([prompt], params, on_text=on_text)
         if speaks:
             print()
             _print_summary(generation)
@@ -165,6 +156,17 @@ def _load_progress() -> Iterator[OnLoad | None]:
 
 def _print_line(line: str) -> None:
     print(line, flush=True)
+
+
+def _print_as_it_comes(prompt: str) -> OnText:
+    """Prints the prompt with the first piece of its text: a prompt that is refused is not echoed."""
+    unsaid = [prompt]
+
+    def on_text(_: int, text: str) -> None:
+        print(*unsaid, text, sep="", end="", flush=True)
+        unsaid.clear()
+
+    return on_text
 
 
 def _print_results(generation: Generation) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from dejavu.parallel.groups import TPGroup
 from dejavu.profiles.nvtx import nvtx_range
-from torch import Tensor
 
 # torch 2.13 renamed it, and warns of the name that torch 2.11 has
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from dejavu.parallel.collectives import all_gather_last, all_reduce
 from dejavu.parallel.groups import TPGroup
-from torch import Tensor, nn
 
 
 class TensorReader(Protocol):

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import KVCache
@@ -17,7 +19,6 @@ from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.sampling import Sampler, SamplingParams
 from dejavu.runtime.text import TextStream
 from dejavu.runtime.weights import Checkpoint, find_model
-from torch import Tensor
 
 OnText = Callable[[int, str], None]
 OnLoad = Callable[[int, int], None]
@@ -154,7 +155,7 @@ class Engine:
             x = self.model(self.model.embed(token_ids, step.positions), cache, step)
             last = x[torch.arange(len(prompts), device=device), lengths - 1]
             cache.lengths.copy_(lengths)
-            tokens = sampler(self.model.logits(last))
+            tokens = self._sample(last, sampler)
         return DecodeState(tokens=tokens, alive=torch.ones_like(tokens), cache=cache, sampler=sampler)
 
     @torch.inference_mode()
@@ -167,9 +168,13 @@ class Engine:
             step = state.cache.step(1)
             x = self.model(self.model.embed(state.tokens[:, None], step.positions), state.cache, step)
             state.cache.lengths.add_(state.alive)
-            logits = self.model.logits(x[:, -1])
-            with nvtx_range("sample"):
-                state.tokens.copy_(state.sampler(logits))
+            state.tokens.copy_(self._sample(x[:, -1], state.sampler))
+
+    def _sample(self, x: Tensor, sampler: Sampler) -> Tensor:
+        """The model's output ``[B, D]`` to the next tokens ``[B]``."""
+        logits = self.model.logits(x)
+        with nvtx_range("sample"):
+            return sampler(logits)
 
     def _requests(
         self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams]
@@ -195,7 +200,7 @@ class Engine:
         """
         if not isinstance(prompt, str) or not prompt:
             raise ValueError("the prompt is empty")
-        ids: list[int] = self.tokenizer(prompt).input_ids
+        ids: list[int] = self.tokenizer(prompt, verbose=False).input_ids
         config = self.model.config
         if len(ids) + params.max_new_tokens > config.max_position_embeddings:
             raise ValueError(

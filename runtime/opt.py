@@ -7,6 +7,8 @@ The residual stream ``[B, S, D]`` is the same on every rank.
 from collections.abc import Sequence
 
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from dejavu.kernels.sparse_attention import sparse_attention_reference
 from dejavu.kernels.sparse_mlp import sparse_mlp_reference
 from dejavu.parallel.collectives import reduce_residual_norm
@@ -25,7 +27,6 @@ from dejavu.predictors.selection import ActiveSet, Chosen
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import KVCache, LayerKV, Step
 from dejavu.runtime.config import OPTConfig
-from torch import Tensor, nn
 
 
 class Attention(nn.Module):

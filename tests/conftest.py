@@ -4,16 +4,30 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dejavu.profiles.records import device_name, write_record
 from dejavu.runtime.weights import find_model
+
+RESULTS = Path(__file__).parent.parent / "profiles" / "results"
 
 
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     return AutoTokenizer.from_pretrained(find_model("demo"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-results",
+        nargs="?",
+        const=str(RESULTS),
+        help="write what the tests measured (record_property) to this folder; by default profiles/results",
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -22,3 +36,18 @@ def pytest_collection_modifyitems(items):
         needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
         if gpus < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), {gpus} here"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    directory = config.getoption("--record-results")
+    if directory is None:
+        return
+    rows = [
+        {"test": report.nodeid.split("::")[-1], "outcome": outcome, **dict(report.user_properties)}
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.when == "call"
+    ]
+    name = "parity-" + device_name().lower().replace("nvidia ", "").replace(" ", "")
+    path = write_record(Path(directory), name, rows, command='pytest -m "gpu or multi_gpu" --record-results')
+    terminalreporter.write_line(f"recorded in {path}")

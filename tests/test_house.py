@@ -55,6 +55,8 @@ def test_kernels_is_no_package_that_transformers_would_find():
 def test_no_file_depends_on_a_private_path():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     private = re.compile(r"\.\./shared|(?<![\w.])/(?:home|mnt|root)/\w")
-    sources = [ROOT / name for name in tracked.stdout.split() if name.endswith((".py", ".sh", ".toml", "run"))]
+    sources = [
+        ROOT / name for name in tracked.stdout.split() if name.endswith((".py", ".sh", ".toml", "run"))
+    ]
     assert sources
     assert not [p for p in sources if p != Path(__file__) and private.search(p.read_text())]

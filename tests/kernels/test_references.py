@@ -50,7 +50,9 @@ def test_sparse_mlp(batch, D, F, density, dtype, with_bias):
     )
     assert found.data_ptr() == out.data_ptr()
     error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-9)
-    assert error <= {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    assert (
+        error <= {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    )
 
 
 def test_unsorted_ids_give_the_same_sum():

@@ -83,11 +83,14 @@ def test_collectives(dtype):
 
 def boundary(tp, dtype, with_norm, with_extra):
     g = torch.Generator().manual_seed(0)
-    partials, residual, bias = torch.randn(tp.size, 2, 1, 8, generator=g), *torch.randn(2, 2, 1, 8, generator=g)
+    partials, residual, bias = (
+        torch.randn(tp.size, 2, 1, 8, generator=g),
+        *torch.randn(2, 2, 1, 8, generator=g),
+    )
     norm = LayerNorm(8)
     extra = torch.full((3, 2), 1.0 + tp.rank, dtype=dtype) if with_extra else None
     before = residual.to(dtype)
-    partial = partials[tp.rank].to(dtype)
+    partial = partials[tp.rank].clone().to(dtype)
     with torch.inference_mode():
         total, x = reduce_residual_norm(
             partial, before.clone(), bias[0, 0].to(dtype), norm.to(dtype) if with_norm else None, extra, tp=tp

@@ -54,7 +54,7 @@ def test_refuses_what_is_no_json_object(tmp_path, text):
 def test_check_tp_says_which_sizes_would_work(tmp_path):
     config = read(tmp_path, num_attention_heads=8, ffn_dim=60)
     config.check_tp(4)
-    with pytest.raises(ValueError, match="num_heads=8 and ffn_dim=60 .* over 8 ranks; 1, 2, 4 would work"):
+    with pytest.raises(ValueError, match=r"num_heads=8 and ffn_dim=60 .* over 8 ranks; 1, 2, 4 would work"):
         config.check_tp(8)
 
 

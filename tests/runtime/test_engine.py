@@ -17,7 +17,7 @@ PROMPTS = ["It was a dark night", "Once", "The old man looked at the sea, and th
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained("demo")
+    return Engine.from_pretrained("demo", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_all_positions_can_be_used(engine):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_runs_on_the_cpu(model_dir, dtype):
-    half = Engine.from_pretrained(str(model_dir), dtype=dtype).generate(PROMPTS[:2])
+    half = Engine.from_pretrained(str(model_dir), dtype=dtype, device="cpu").generate(PROMPTS[:2])
     assert half.dtype == {"fp16": "float16", "bf16": "bfloat16"}[dtype]
     assert all(r.token_ids for r in half.results)
 
@@ -132,7 +132,9 @@ def collectives(tp, directory):
         engine.decode_step(state)
     counts = Counter()
     for op, n in mode.get_comm_counts().items():
-        counts["all-reduce" if "allreduce" in str(op) else "all-gather" if "allgather" in str(op) else op] += n
+        counts[
+            "all-reduce" if "allreduce" in str(op) else "all-gather" if "allgather" in str(op) else op
+        ] += n
     return counts
 
 

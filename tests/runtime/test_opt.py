@@ -6,7 +6,6 @@ import torch
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.selection import ActiveSet, Chosen
 from dejavu.runtime.config import OPTConfig
-from dejavu.runtime.engine import Engine
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.weights import Checkpoint
 from models import KINDS, make_model
@@ -141,7 +140,7 @@ def test_an_active_set_is_a_mask(model_dir, ranks):
         assert not torch.allclose(found, forced_logits(load(model_dir, TPGroup()), token_ids()), atol=1e-2)
 
 
-def test_engines_of_more_ranks_than_fit_are_refused(model_dir):
+def test_more_ranks_than_fit_are_refused(model_dir):
     for size in (3, 8):
         with pytest.raises(ValueError, match=f"cannot be split over {size} ranks; 1, 2, 4 would work"):
-            Engine.from_pretrained(str(model_dir), tp=TPGroup(size=size))
+            load(model_dir, TPGroup(size=size))

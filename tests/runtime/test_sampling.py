@@ -11,7 +11,9 @@ def draw(logits, n=20_000, **params):
     sampler = Sampler.create([SamplingParams(max_new_tokens=1, **{"temperature": 1.0, **params})], "cpu")
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tokens = sample(
-        logits.expand(n, -1), *(t.expand(n) for t in (sampler.temperature, sampler.top_k, sampler.top_p)), uniform
+        logits.expand(n, -1),
+        *(t.expand(n) for t in (sampler.temperature, sampler.top_k, sampler.top_p)),
+        uniform,
     )
     return torch.bincount(tokens, minlength=logits.shape[-1]) / n
 
@@ -32,7 +34,9 @@ def test_top_k_keeps_the_k_likeliest():
     torch.testing.assert_close(draw(LOGITS, top_k=2), torch.tensor([4 / 7, 0, 3 / 7, 0]), atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.3, [0]), (0.5, [0, 2]), (0.69, [0, 2]), (0.75, [0, 2, 3]), (1.0, 4)])
+@pytest.mark.parametrize(
+    "top_p, kept", [(0.3, [0]), (0.5, [0, 2]), (0.69, [0, 2]), (0.75, [0, 2, 3]), (1.0, 4)]
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, kept):
     found = draw(LOGITS, top_p=top_p).nonzero().flatten().tolist()
     assert found == (kept if isinstance(kept, list) else list(range(kept)))
@@ -79,7 +83,8 @@ def test_greedy_rows_of_a_mixed_batch_stay_greedy():
 def test_a_stream_depends_on_the_seed_alone():
     alone = Sampler.create([SamplingParams(seed=7, temperature=1)], "cpu")
     among = Sampler.create(
-        [SamplingParams(seed=1, temperature=1, max_new_tokens=90), SamplingParams(seed=7, temperature=1)], "cpu"
+        [SamplingParams(seed=1, temperature=1, max_new_tokens=90), SamplingParams(seed=7, temperature=1)],
+        "cpu",
     )
     torch.testing.assert_close(alone.uniforms[:, 0], among.uniforms[:64, 1], atol=0, rtol=0)
     assert not torch.equal(among.uniforms[:, 0], among.uniforms[:, 1])

@@ -46,7 +46,9 @@ def test_pieces_add_up_to_the_decoded_text(tokenizer, ids):
 
 
 @settings(max_examples=200, deadline=None)
-@given(words=st.text("ab \n", max_size=40), stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+@given(
+    words=st.text("ab \n", max_size=40), stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
+)
 def test_text_ends_before_the_first_stop_string(tokenizer, words, stop):
     ids = tokenizer(words, add_special_tokens=False).input_ids
     pieces, text = stream(tokenizer, ids, stop)

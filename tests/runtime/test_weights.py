@@ -76,7 +76,7 @@ def test_every_format_gives_the_same_weights(model_dir, copy, form, ranks):
 
 
 def test_weights_lie_head_and_neuron_major(model_dir):
-    model = Engine.from_pretrained(str(model_dir), dtype="fp32").model
+    model = Engine.from_pretrained(str(model_dir), dtype="fp32", device="cpu").model
     stored = load_file(model_dir / "model.safetensors")
     name = "model.decoder.layers.1"
     layer = model.layers[1]
@@ -140,7 +140,7 @@ def test_shares_of_the_sharded_tensors_add_up(model_dir):
 
 
 def load(directory):
-    return Engine.from_pretrained(str(directory), dtype="fp32")
+    return Engine.from_pretrained(str(directory), dtype="fp32", device="cpu")
 
 
 def edit_config(directory, **changes):
@@ -189,7 +189,9 @@ def test_damage_is_named(copy, damage, message):
 def test_a_missing_shard_is_named(copy):
     FORMATS["sharded safetensors"](copy)
     (copy / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks model-00002-of-00003.safetensors, which model.safetensors.ind"):
+    with pytest.raises(
+        ValueError, match=r"lacks model-00002-of-00003.safetensors, which model.safetensors.ind"
+    ):
         load(copy)
 
 
@@ -242,5 +244,3 @@ def damaged_on_one_rank(tp, directory):
 
 def test_what_fails_on_one_rank_is_raised_on_all(model_dir):
     run_ranks(2, damaged_on_one_rank, model_dir)
-
-

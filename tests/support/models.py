@@ -51,5 +51,6 @@ def random_model(seed: int = 0, **overrides) -> OPTForCausalLM:
 
 
 def load_reference(directory: Path, dtype=torch.float32) -> OPTForCausalLM:
-    """Hugging Face's own model."""
-    return OPTForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    """Hugging Face's own model: plain attention in fp32, SDPA in 16 bits, where the plain one overflows."""
+    attention = "eager" if dtype == torch.float32 else "sdpa"
+    return OPTForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()

@@ -20,7 +20,7 @@ class Continuation:
     logits: torch.Tensor
 
 
-def ours(tp, directory, dtype="fp32", new_tokens=NEW_TOKENS, forced=None, prompts=PROMPTS) -> Continuation:
+def ours(tp, directory, dtype="fp32", new_tokens=NEW_TOKENS, forced=None) -> Continuation:
     """Continues the prompts with our engine; ``forced [B][new]`` replaces the tokens it would choose."""
     engine = Engine.from_pretrained(str(directory), tp=tp, dtype=dtype)
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
@@ -33,7 +33,7 @@ def ours(tp, directory, dtype="fp32", new_tokens=NEW_TOKENS, forced=None, prompt
         return logits
 
     engine.model.logits = record
-    ids = [engine.tokenize(prompt, params) for prompt in prompts]
+    ids = [engine.tokenize(prompt, params) for prompt in PROMPTS]
     state = engine.prefill(ids, [params] * len(ids))
     tokens = [state.tokens.tolist()]
     for i in range(new_tokens - 1):
@@ -46,24 +46,27 @@ def ours(tp, directory, dtype="fp32", new_tokens=NEW_TOKENS, forced=None, prompt
 
 
 def hugging_face(
-    directory, tokenizer, dtype=torch.float32, device="cpu", new_tokens=NEW_TOKENS, prompts=PROMPTS
+    directory, tokenizer, dtype=torch.float32, device="cpu", new_tokens=NEW_TOKENS, forced=None
 ) -> Continuation:
     """Continues the prompts in one left-padded batch; logits from one pass over each whole sequence."""
     model = load_reference(directory, dtype).to(device)
     tokenizer.padding_side = "left"
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(device)
-    out = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=1,
-    )
-    tokens = out[:, batch.input_ids.shape[1] :]
+    batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(device)
+    if forced is None:
+        out = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=1,
+        )
+        tokens = out[:, batch.input_ids.shape[1] :]
+    else:
+        tokens = torch.tensor(forced, device=device)
     logits = []
     for row, mask, new in zip(batch.input_ids, batch.attention_mask, tokens, strict=True):
         whole = torch.cat([row[mask.bool()], new])[None]
         with torch.no_grad():
-            logits.append(model(whole).logits[0, -new_tokens - 1 : -1].float().cpu())
+            logits.append(model(whole).logits[0, -len(new) - 1 : -1].float().cpu())
     return Continuation(tokens.tolist(), torch.stack(logits))

@@ -17,9 +17,9 @@ _HUNG_S = 300
 
 
 def run_ranks(size, fn, *args, cuda=False):
-    """``[fn(tp, *args) on rank r for r in range(size)]``; fails with the traceback of the first rank that fails.
+    """``[fn(tp, *args) on rank r for r in range(size)]``; fails with the first failing rank's traceback.
 
-    CPU ranks are forked (0.1 s); CUDA ranks are spawned, so ``fn`` must then live in an importable module.
+    CPU ranks are forked (0.1 s); CUDA ranks are spawned, so ``fn`` must live in an importable module.
     """
     if size == 1 and not cuda:
         return [fn(TPGroup(), *args)]

@@ -1,0 +1,105 @@
+"""Records of measurements: ``profiles/results/NAME.json`` and the Markdown table drawn from it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_record(
+    directory: Path, name: str, rows: Sequence[Mapping[str, Any]], *, command: str = "", **conditions: Any
+) -> Path:
+    """Writes ``name.json`` and ``name.md`` with the rows and all that they depend on.
+
+    Args:
+        directory: where to; ``profiles/results`` for what is committed.
+        rows: one measurement each; the table's columns are the keys of all rows.
+        command: what a reader types to get the same; by default this process's own arguments.
+        conditions: dtype, shape, tp, batch and whatever else holds for every row.
+
+    Returns:
+        The JSON file's path.
+    """
+    record = {
+        "name": name,
+        "command": command or " ".join(sys.argv),
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device_name(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        **conditions,
+        "rows": list(rows),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / f"{name}.md", _markdown(record))
+    path = directory / f"{name}.json"
+    write_file(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes beside ``path`` and renames, so that nobody ever sees half a file under its name."""
+    beside = path.with_name(path.name + ".partial")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def device_name() -> str:
+    """The hardware in words: ``2 x NVIDIA H200``, ``CPU``."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        return "CPU"
+    return f"{count} x {torch.cuda.get_device_name(0)}"
+
+
+def _markdown(record: Mapping[str, Any]) -> str:
+    rows = record["rows"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    conditions = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("name", "command", "rows"))
+    lines = [
+        f"# {record['name']}",
+        "",
+        f"`{record['command']}`",
+        "",
+        conditions,
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{' --- |' * len(columns)}",
+        *(f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit measured: from git, or from DEJAVU_COMMIT where the code was copied without its history."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return git.stdout.strip() or os.environ.get("DEJAVU_COMMIT", "unknown")

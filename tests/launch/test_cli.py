@@ -1,0 +1,248 @@
+"""The `dejavu` command as a user meets it: answers on standard output, mistakes in one line and status 2."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dejavu.launch import cli
+from dejavu.runtime.weights import find_model
+from models import make_model
+
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def dejavu(monkeypatch, capfd):
+    """Runs the command in this process: (status, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dejavu", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capfd.readouterr()
+        return exit.value.code or 0, out, err
+
+    return run
+
+
+def subprocess_dejavu(*arguments, **options):
+    command = [sys.executable, "-m", "dejavu.launch.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def assert_one_clear_line(status, err, message):
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+    assert status == 2
+
+
+def test_generate_streams_the_prompt_and_its_text(dejavu):
+    status, out, err = dejavu("generate", "--prompt", "The old man", "--max-new-tokens", 12, *CPU)
+    assert status == 0
+    assert out.startswith("The old man ") and len(out.split()) > 8
+    assert "12 tokens" in err and "ms/token" in err and "GB/s" in err
+
+
+def test_generate_json_is_one_object_on_the_last_line(dejavu, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once\n\nThe sea\nHe said\n")
+    status, out, _ = dejavu(
+        "generate", "--prompt-file", prompts, "--json", "--max-new-tokens", 5, "--max-batch", 2, *CPU
+    )
+    answer = json.loads(out.splitlines()[-1])
+    assert status == 0
+    assert [r["prompt"] for r in answer["results"]] == ["Once", "The sea", "He said"]
+    assert set(answer["results"][0]) == {"prompt", "text", "token_ids", "finish_reason"}
+    assert set(answer) == {
+        "results", "ttft_ms", "ms_per_token", "tokens_per_s", "weight_bytes", "gb_per_s",
+        "density", "policy", "tp", "dtype", "device",
+    }  # fmt: skip
+    assert set(answer["ms_per_token"]) == {"mean", "p50", "p99"}
+
+
+def test_several_prompts_are_shown_one_after_the_other(dejavu):
+    status, out, _ = dejavu("generate", "--prompt", "Once", "--prompt", "The", "--max-new-tokens", 2, *CPU)
+    assert status == 0 and "[1] Once" in out and "[2] The" in out
+
+
+def test_stop_strings_and_sampling_reach_the_engine(dejavu):
+    base = ("generate", "--prompt", "Once", "--max-new-tokens", 30, "--json", *CPU)
+    greedy = json.loads(dejavu(*base)[1])["results"][0]
+    stopped = json.loads(dejavu(*base, "--stop", greedy["text"][5:9])[1])["results"][0]
+    drawn = json.loads(dejavu(*base, "--temperature", 1, "--top-k", 50, "--top-p", 0.9, "--seed", 5)[1])
+    assert stopped["finish_reason"] == "stop" and len(stopped["text"]) < len(greedy["text"])
+    assert drawn["results"][0]["text"] != greedy["text"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "x", "--model", "no-such-model"], "no such model: 'no-such-model'"),
+        (["--prompt", "x", "--model", "nobody/nothing"], "the hub cannot be reached"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "word " * 1100], "1024 positions"),
+        (["--prompt", "x", "--max-new-tokens", "5000"], "max_new_tokens=5000 do not fit"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 is less than 1"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 is negative"),
+        (["--prompt", "x", "--temperature", "warm"], "--temperature"),
+        (["--prompt", "x", "--dtype", "fp64"], "dtype='fp64' is unknown"),
+        (["--prompt", "x", "--device", "tpu"], "device=tpu is unknown"),
+        (["--prompt", "x", "--max-batch", "0"], "max_batch=0 is less than 1"),
+        (["--prompt", "x", "--no-such-option"], "--no-such-option"),
+        ([], "give one of --prompt, --prompt-file and --stdin"),
+        (["--prompt", "x", "--stdin"], "give one of --prompt, --prompt-file and --stdin"),
+        (["--prompt-file", "no-such-file"], "cannot read no-such-file: No such file"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(dejavu, arguments, message):
+    if "--device" not in arguments:
+        arguments = [*arguments, *CPU]
+    status, out, err = dejavu("generate", *arguments)
+    assert_one_clear_line(status, err, message)
+    assert out == ""
+
+
+def test_cuda_asked_for_and_absent(dejavu, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, _, err = dejavu("generate", "--prompt", "x", "--device", "cuda")
+    assert_one_clear_line(status, err, "no CUDA device here")
+
+
+def test_a_file_without_prompts(dejavu, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    status, _, err = dejavu("generate", "--prompt-file", tmp_path / "empty.txt", *CPU)
+    assert_one_clear_line(status, err, "empty.txt has no prompts")
+
+
+def test_only_rank_0_speaks(dejavu, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert dejavu("generate", *CPU) == (2, "", "")
+
+
+def test_no_command_shows_the_help(dejavu):
+    status, out, err = dejavu()
+    assert status == 2 and "generate" in out + err and "error:" not in err
+
+
+def answers(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+REQUESTS = [
+    {"id": 1, "prompt": "Once", "max_new_tokens": 3},
+    {"id": "two", "prompt": "The sea", "max_new_tokens": 6, "temperature": 1.0, "seed": 4},
+    {"id": 3, "prompt": ""},
+    {"prompt": "no id", "stop": [" "]},
+    {"id": 5, "prompt": "x", "colour": "red"},
+    {"id": 6, "prompt": "x", "top_p": 2},
+]
+
+
+def stream(extra=()):
+    return "".join([*(json.dumps(r) + "\n" for r in REQUESTS), *extra])
+
+
+def check_answers(found):
+    assert [a.get("id") for a in found[:6]] == [1, "two", 3, None, 5, 6]
+    assert [len(a.get("token_ids", [])) for a in found[:2]] == [3, 6]
+    assert found[2]["error"] == "the prompt is empty"
+    assert found[3]["finish_reason"] == "stop"
+    assert found[4]["error"] == "unknown fields: colour"
+    assert found[5]["error"] == "top_p=2 is not in (0, 1]"
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_stdin_answers_each_line_in_order(dejavu, monkeypatch, max_batch):
+    lines = stream(["\n", "not json\n", "[1]\n"]).splitlines(keepends=True)
+    monkeypatch.setattr(sys, "stdin", iter(lines))
+    status, out, _ = dejavu("generate", "--stdin", "--max-batch", max_batch, *CPU)
+    found = answers(out)
+    assert status == 0 and len(found) == 8
+    check_answers(found)
+    assert "Expecting value" in found[6]["error"] and "not a JSON object" in found[7]["error"]
+
+
+def test_stdin_answers_before_the_input_ends():
+    command = [sys.executable, "-m", "dejavu.launch.cli", "generate", "--stdin", *CPU]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for i in range(2):
+            process.stdin.write(json.dumps({"id": i, "prompt": "Once", "max_new_tokens": 2}) + "\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["id"] == i
+        process.stdin.close()
+        assert process.wait() == 0
+
+
+def test_launch_gives_two_ranks_the_text_of_one(dejavu):
+    generate = ("generate", "--prompt", "The old man", "--json", "--max-new-tokens", 40, *CPU)
+    run = subprocess_dejavu("launch", "--nproc-per-node", 2, *generate)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    two, one = json.loads(run.stdout), json.loads(dejavu(*generate)[1])
+    assert two["results"] == one["results"]
+    assert (two["tp"], one["tp"]) == (2, 1)
+    assert two["weight_bytes"] < 0.6 * one["weight_bytes"]
+
+
+def test_launch_serves_a_stream_on_two_ranks():
+    run = subprocess_dejavu("launch", "--nproc-per-node", 2, "generate", "--stdin", *CPU, input=stream())
+    assert run.returncode == 0, run.stderr
+    check_answers(answers(run.stdout))
+
+
+def test_more_ranks_than_the_model_can_use(model_dir):
+    run = subprocess_dejavu(
+        "launch", "--nproc-per-node", 3, "generate", "--model", model_dir, "--prompt", "x", *CPU
+    )
+    assert_one_clear_line(run.returncode, run.stderr, "cannot be split over 3 ranks; 1, 2, 4 would work")
+
+
+@pytest.fixture
+def taken_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_a_port_in_use_under_launch(taken_port):
+    run = subprocess_dejavu("launch", "--nproc-per-node", 2, "--master-port", taken_port, "demo", *CPU)
+    assert_one_clear_line(run.returncode, run.stderr, f"port {taken_port} is in use")
+
+
+def test_a_port_in_use_without_a_launcher(taken_port):
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken_port), "RANK": "0", "WORLD_SIZE": "2"}
+    run = subprocess_dejavu("generate", "--prompt", "x", *CPU, env={**os.environ, **environment})
+    assert_one_clear_line(run.returncode, run.stderr, f"127.0.0.1:{taken_port}: its port is in use")
+
+
+def test_launch_reports_a_rank_that_dies(model_dir, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 1)\n"
+    )
+    run = subprocess_dejavu(
+        *("launch", "--nproc-per-node", 2, "generate", "--prompt", "x", "--max-new-tokens", 900, *CPU),
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert run.returncode == 128 + 9
+    assert run.stderr.splitlines()[-1].startswith("error: rank 1 (process ")
+    assert run.stderr.rstrip().endswith("died: SIGKILL")
+
+
+def test_the_demo_is_found_and_streams(dejavu):
+    assert (find_model("demo") / "README.md").is_file()
+    status, out, _ = dejavu("demo", *CPU)
+    assert status == 0 and "stormy night" in out

@@ -1,0 +1,25 @@
+import json
+
+import pytest
+
+from dejavu.profiles.records import write_file, write_record
+
+
+def test_a_record_holds_its_conditions_and_its_table(tmp_path):
+    rows = [{"op": "mlp", "us_p50": 12.3456}, {"op": "head", "gib": 2}]
+    path = write_record(tmp_path, "kernels-test", rows, command="make it", dtype="bf16")
+    record = json.loads(path.read_text())
+    assert record["rows"] == rows and record["dtype"] == "bf16" and record["command"] == "make it"
+    assert all(record[key] for key in ("commit", "date", "device", "torch", "triton"))
+    table = (tmp_path / "kernels-test.md").read_text()
+    assert "| op | us_p50 | gib |" in table and "| mlp | 12.35 |  |" in table and "dtype bf16" in table
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kernels-test.json", "kernels-test.md"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    path.write_text("old")
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_file(path, "new")
+    assert path.read_text() == "old"
