@@ -235,7 +235,7 @@ def test_launch_reports_a_rank_that_dies(model_dir, tmp_path):
     )
     run = subprocess_dejavu(
         *("launch", "--nproc-per-node", 2, "generate", "--prompt", "x", "--max-new-tokens", 900, *CPU),
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     assert run.returncode == 128 + 9
     assert run.stderr.splitlines()[-1].startswith("error: rank 1 (process ")

@@ -19,7 +19,7 @@ from dejavu.runtime.engine import Engine
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.weights import find_model
 from models import KINDS, make_model
-from parity import PROMPTS, Continuation, hugging_face, ours
+from parity import PROMPTS, Continuation, hugging_face, ours_in_every_dtype
 from ranks import run_ranks
 
 HALF = {"fp16": (torch.float16, 1e-2), "bf16": (torch.bfloat16, 8e-2)}  # relative error of all logits
@@ -53,29 +53,31 @@ def reference(request, tmp_path_factory, demo_tokenizer):
     return Reference(directory, fp32, half_error)
 
 
-def continuations(ranks, *args):
-    if ranks == 1:
-        return [ours(TPGroup(device=torch.device("cuda", 0)), *args)]
-    return run_ranks(ranks, ours, *args, cuda=True)
-
-
 RANKS = [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multi_gpu)]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_fp32_text_and_logits_equal_hugging_face(reference, ranks, record_property):
-    for found in continuations(ranks, reference.directory):
-        record_property("max_abs_error", float((found.logits - reference.fp32.logits).abs().max()))
-        assert found.token_ids == reference.fp32.token_ids
-        torch.testing.assert_close(found.logits, reference.fp32.logits, atol=1e-4, rtol=0)
+@pytest.fixture(scope="module", params=RANKS, ids=["1 GPU", "2 GPUs"])
+def found(request, reference):
+    """What every rank made of the prompts, by dtype."""
+    arguments = (reference.directory, reference.fp32.token_ids)
+    if request.param == 1:
+        return [ours_in_every_dtype(TPGroup(device=torch.device("cuda", 0)), *arguments)]
+    return run_ranks(request.param, ours_in_every_dtype, *arguments, cuda=True)
+
+
+def test_fp32_text_and_logits_equal_hugging_face(reference, found, record_property):
+    expected = reference.fp32
+    record_property(
+        "max_abs_error", max(float((r["fp32"].logits - expected.logits).abs().max()) for r in found)
+    )
+    for rank in found:
+        assert rank["fp32"].token_ids == expected.token_ids
+        torch.testing.assert_close(rank["fp32"].logits, expected.logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("ranks", RANKS)
-def test_16_bit_logits_are_as_good_as_hugging_faces(reference, ranks, dtype, record_property):
-    tokens = reference.fp32.token_ids
-    results = continuations(ranks, reference.directory, dtype, len(tokens[0]), tokens)
-    error = max(relative_error(found.logits, reference.fp32.logits) for found in results)
+def test_16_bit_logits_are_as_good_as_hugging_faces(reference, found, dtype, record_property):
+    error = max(relative_error(rank[dtype].logits, reference.fp32.logits) for rank in found)
     record_property("relative_error", error)
     record_property("relative_error_hugging_face", reference.half_error[dtype])
     assert error <= HALF[dtype][1]

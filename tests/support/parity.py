@@ -45,6 +45,12 @@ def ours(tp, directory, dtype="fp32", new_tokens=NEW_TOKENS, forced=None) -> Con
     return Continuation([list(row) for row in zip(*tokens, strict=True)], torch.stack(seen, dim=1))
 
 
+def ours_in_every_dtype(tp, directory, token_ids) -> dict[str, Continuation]:
+    """Free in fp32; in 16 bits the given tokens are forced, so that all logits are of the same text."""
+    half = {dtype: ours(tp, directory, dtype, forced=token_ids) for dtype in ("fp16", "bf16")}
+    return {"fp32": ours(tp, directory), **half}
+
+
 def hugging_face(
     directory, tokenizer, dtype=torch.float32, device="cpu", new_tokens=NEW_TOKENS, forced=None
 ) -> Continuation:
