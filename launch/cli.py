@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,6 @@ from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.weights import DEMO
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-stderr = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]
 DType = Annotated[str, typer.Option(help="fp16, bf16, fp32; auto: the model's on CUDA, fp32 on the CPU.")]
@@ -74,16 +73,15 @@ def generate(
     )
     prompts = _prompts(prompt, prompt_file, stdin)
     engine = _load_engine(model, dtype, device, nvtx_ranges)
-    speaks = engine.tp.rank == 0
     if stdin:
         answer_stream(engine, sys.stdin, _print_line, defaults=params, max_batch=max_batch)
         return
-    stream = speaks and not as_json and len(prompts) == 1
+    stream = not as_json and len(prompts) == 1
     on_text = _print_as_it_comes(prompts[0]) if stream else None
     generation = engine.generate(prompts, params, max_batch=max_batch, on_text=on_text)
-    if speaks and as_json:
+    if as_json:
         _print_line(json.dumps(asdict(generation), ensure_ascii=False))
-    elif speaks:
+    else:
         print() if stream else _print_results(generation)
         _print_summary(generation)
 
@@ -92,14 +90,11 @@ def generate(
 def demo(dtype: DType = "auto", device: Device = "auto", nvtx_ranges: NVTX = False) -> None:
     """Stream text from the embedded model (`make demo` runs this on two ranks)."""
     engine = _load_engine(DEMO, dtype, device, nvtx_ranges)
-    speaks = engine.tp.rank == 0
+    params = SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1)
     for prompt in ("It was a dark and stormy night", "The old man looked at the sea"):
-        params = SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1)
-        on_text = _print_as_it_comes(prompt) if speaks else None
-        generation = engine.generate([prompt], params, on_text=on_text)
-        if speaks:
-            print()
-            _print_summary(generation)
+        generation = engine.generate([prompt], params, on_text=_print_as_it_comes(prompt))
+        print()
+        _print_summary(generation)
 
 
 @app.command(
@@ -145,13 +140,18 @@ def _load_engine(model: str, dtype: str, device: str, nvtx_ranges: bool) -> Engi
 @contextmanager
 def _load_progress() -> Iterator[OnLoad | None]:
     """A bar on a terminal's standard error, on rank 0; nothing elsewhere."""
-    if global_rank() != 0 or not stderr.is_terminal:
+    console = _stderr()
+    if console.quiet or not console.is_terminal:
         yield None
         return
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("loading")
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False, quiet=global_rank() != 0)
 
 
 def _print_line(line: str) -> None:
@@ -186,25 +186,29 @@ def _print_summary(generation: Generation) -> None:
             f"{generation.weight_bytes / 1e6:.1f} MB of weights a step, {generation.gb_per_s:.1f} GB/s"
         )
     where = f"{generation.tp} rank(s) of {generation.device}, {generation.dtype}"
-    stderr.print(f"[dim]{' | '.join(parts)} | {where}[/dim]", soft_wrap=True)
+    _stderr().print(f"[dim]{' | '.join(parts)} | {where}[/dim]", soft_wrap=True)
 
 
 def main() -> None:
     """Runs the command; what a user got wrong becomes one line on standard error and exit status 2."""
-    status = 0
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if global_rank() == 0 else nowhere):
+        status = _run()
+    sys.exit(status)
+
+
+def _run() -> int:
     try:
-        status = app(standalone_mode=False) or 0
+        return app(standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
-        status = 130
+        return 130
     except typer.TyperException as e:
-        status = _fail(e.format_message())
+        return _fail(e.format_message())
     except ValueError as e:
         if os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
-        status = _fail(str(e))
+        return _fail(str(e))
     finally:
         shut_down()
-    sys.exit(status)
 
 
 def _fail(message: str) -> int:

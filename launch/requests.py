@@ -30,15 +30,14 @@ def answer_stream(
     defaults: SamplingParams,
     max_batch: int,
 ) -> None:
-    """Answers every request of ``lines`` until they end. Rank 0 alone reads them and calls ``write``."""
+    """Answers every request of ``lines`` until they end. Rank 0 alone reads; every rank writes."""
     incoming = _Incoming(lines) if engine.tp.rank == 0 else None
     while True:
         batch = engine.tp.broadcast_object(incoming.take(max_batch) if incoming is not None else None)
         if batch is None:
             return
         for answer in _answer(engine, batch, defaults):
-            if engine.tp.rank == 0:
-                write(json.dumps(answer, ensure_ascii=False))
+            write(json.dumps(answer, ensure_ascii=False))
 
 
 def _answer(engine: Engine, lines: list[str], defaults: SamplingParams) -> list[dict[str, Any]]:

@@ -57,21 +57,23 @@ class TPGroup:
 
         Without it the ranks that succeed would wait in their next collective for one that is gone.
         """
-        result, error = None, None
+        result, cause = None, None
         try:
             result = action()
         except (ValueError, OSError) as e:
-            if self.size == 1:
-                raise
-            error = str(e)
-        if self.size > 1:
-            errors: list[str | None] = [None] * self.size
-            dist.all_gather_object(errors, error, group=self.group)
-            for rank, message in enumerate(errors):
-                if message is not None:
-                    same_everywhere = all(other == message for other in errors)
-                    raise ValueError(message if same_everywhere else f"rank {rank}: {message}")
+            cause = e
+        errors = self._gather_objects(None if cause is None else str(cause))
+        for rank, error in enumerate(errors):
+            if error is not None:
+                same_everywhere = all(other == error for other in errors)
+                raise ValueError(error if same_everywhere else f"rank {rank}: {error}") from cause
         return result  # type: ignore[return-value]  # None only where T is
+
+    def _gather_objects(self, obj: T) -> list[T]:
+        objects = [obj] * self.size
+        if self.size > 1:
+            dist.all_gather_object(objects, obj, group=self.group)
+        return objects
 
 
 def pick_device(name: str = "auto") -> torch.device:
