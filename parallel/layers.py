@@ -169,12 +169,13 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = Weight(-(-vocab_size // tp.size), dim)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """``token_ids [B, S]`` to ``[B, S, dim]``; one all-reduce."""
+        """``token_ids [B, S]`` to ``[B, S, dim]``, good until the next payload; one all-reduce."""
         if self.tp.size == 1:
             return F.embedding(token_ids, self.weight.data)
         here = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
         rows = F.embedding(torch.where(here, token_ids - self.rows.start, 0), self.weight.data)
-        return all_reduce(rows.masked_fill_(~here.unsqueeze(-1), 0), self.tp)
+        payload = self.tp.buffer(rows.shape, rows.dtype)
+        return all_reduce(torch.mul(rows, here.unsqueeze(-1), out=payload), self.tp)
 
     def logits(self, x: Tensor) -> Tensor:
         """``x [..., dim]`` to all tokens' logits ``[..., V]``, the same on every rank; one all-gather."""

@@ -35,29 +35,35 @@ class KVCache:
         """The view ``[B, N, T, H]`` of layer ``i``."""
         return LayerKV(self.keys[i], self.values[i])
 
-    def step(self, num_queries: int) -> "Step":
-        """The next ``num_queries`` positions of every sequence, which see all that came before them."""
-        positions = self.lengths[:, None] + torch.arange(num_queries, device=self.lengths.device)
-        slots = torch.arange(self.keys.shape[3], device=self.lengths.device)
-        return Step(positions=positions, mask=(slots <= positions[:, None, :, None]))
-
     def prompt(self, num_queries: int) -> "Step":
         """The first ``num_queries`` positions of every sequence, into an empty cache."""
         positions = torch.arange(num_queries, device=self.lengths.device)
-        return Step(positions=positions.expand(len(self.lengths), -1), mask=None)
+        return Step(positions.expand(len(self.lengths), -1))
+
+    def step(self, num_queries: int) -> "Step":
+        """The next ``num_queries`` positions of every sequence, which see all that came before them."""
+        device = self.lengths.device
+        positions = self.lengths[:, None] + torch.arange(num_queries, device=device)
+        slots = torch.arange(self.keys.shape[3], device=device)
+        return Step(
+            positions,
+            sequences=torch.arange(len(positions), device=device)[:, None],
+            mask=slots <= positions[:, None, :, None],
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where the queries of one forward pass stand.
+    """Where the queries of one forward pass stand; made once, read by every layer.
 
-    ``positions [B, S]``; ``mask [B, 1, S, T]``, True where a query sees a slot. Without a mask the cache is
-    empty and the queries see each other causally; a shorter prompt's padding comes after it, so that nothing
-    of it is ever seen.
+    ``positions [B, S]``; ``sequences [B, 1]``, their numbers; ``mask [B, 1, S, T]``, True where a query sees
+    a slot. Without a mask the cache is empty and the queries see each other causally: a shorter prompt's
+    padding comes after it, so that nothing of it is ever seen.
     """
 
     positions: Tensor
-    mask: Tensor | None
+    sequences: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,5 @@ class LayerKV:
             self.keys[:, :, :S] = k.transpose(1, 2)
             self.values[:, :, :S] = v.transpose(1, 2)
         else:
-            sequences = torch.arange(len(k), device=k.device)[:, None]
-            self.keys[sequences, :, step.positions] = k
-            self.values[sequences, :, step.positions] = v
+            self.keys[step.sequences, :, step.positions] = k
+            self.values[step.sequences, :, step.positions] = v
