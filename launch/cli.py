@@ -55,7 +55,7 @@ def generate(
         list[str] | None, typer.Option(help="End before this string; may be given several times.")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
-    max_batch: Annotated[int, typer.Option(help="The most prompts that run together.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="The most prompts that run together.")] = 16,
     dtype: DType = "auto",
     device: Device = "auto",
     nvtx_ranges: NVTX = False,
@@ -71,19 +71,24 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
+    if stdin and as_json:
+        raise ValueError("--stdin answers in JSON lines by itself: give it without --json")
     prompts = _prompts(prompt, prompt_file, stdin)
     engine = _load_engine(model, dtype, device, nvtx_ranges)
     if stdin:
-        answer_stream(engine, sys.stdin, _print_line, defaults=params, max_batch=max_batch)
+        answer_stream(engine, sys.stdin.buffer, _print_line, defaults=params, max_batch=max_batch)
         return
     stream = not as_json and len(prompts) == 1
     on_text = _print_as_it_comes(prompts[0]) if stream else None
     generation = engine.generate(prompts, params, max_batch=max_batch, on_text=on_text)
     if as_json:
-        _print_line(json.dumps(asdict(generation), ensure_ascii=False))
+        _print_line(json.dumps(asdict(generation)))
+        return
+    if stream:
+        print()
     else:
-        print() if stream else _print_results(generation)
-        _print_summary(generation)
+        _print_results(generation)
+    _print_summary(generation)
 
 
 @app.command()
@@ -121,10 +126,11 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None, stdin: bool) ->
     if prompt_file is None:
         return prompt or []
     try:
-        prompts = [line for line in prompt_file.read_text().splitlines() if line.strip()]
+        lines = prompt_file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise ValueError(f"cannot read {prompt_file}: {reason}") from None
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{prompt_file} has no prompts: expected one a line")
     return prompts

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import torch
 from torch.distributed import DistNetworkError
@@ -28,12 +29,15 @@ def launch(arguments: list[str]) -> int:
     parser = get_args_parser()
     parser.prog = "dejavu launch"
     parser.set_defaults(nproc_per_node="1" if gpus == 1 else "2")
+    parser.error = _raise  # type: ignore[method-assign]  # argparse would print its whole usage
     args = parser.parse_args(arguments)
     args.module = True
     args.training_script_args = [args.training_script, *args.training_script_args]
     args.training_script = "dejavu.launch.cli"
     if args.nproc_per_node.isdigit():  # torchrun would set 1, and warn
-        threads = max(1, (os.cpu_count() or 1) // max(1, int(args.nproc_per_node)))
+        if int(args.nproc_per_node) == 0:
+            raise ValueError("--nproc-per-node 0 starts nothing")
+        threads = max(1, len(os.sched_getaffinity(0)) // int(args.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -51,8 +55,13 @@ def launch(arguments: list[str]) -> int:
     return 0
 
 
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
 def _report(error: ChildFailedError) -> int:
-    rank, failure = error.get_first_failure()
+    # a rank that was killed is the cause; its peers then fail of the lost connection, perhaps seen earlier
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
     if failure.exitcode == USER_ERROR:  # the ranks have said what it was
         return USER_ERROR
     if failure.exitcode < 0:

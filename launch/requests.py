@@ -24,7 +24,7 @@ _GATHER_S = 0.01
 
 def answer_stream(
     engine: Engine,
-    lines: Iterable[str],
+    lines: Iterable[bytes],
     write: Callable[[str], None],
     *,
     defaults: SamplingParams,
@@ -37,10 +37,10 @@ def answer_stream(
         if batch is None:
             return
         for answer in _answer(engine, batch, defaults):
-            write(json.dumps(answer, ensure_ascii=False))
+            write(json.dumps(answer))
 
 
-def _answer(engine: Engine, lines: list[str], defaults: SamplingParams) -> list[dict[str, Any]]:
+def _answer(engine: Engine, lines: list[bytes], defaults: SamplingParams) -> list[dict[str, Any]]:
     """The answers to one batch. A request that cannot be answered says why and does not harm the others."""
     answers: list[dict[str, Any]] = []
     accepted: list[tuple[dict[str, Any], str, SamplingParams]] = []
@@ -55,7 +55,7 @@ def _answer(engine: Engine, lines: list[str], defaults: SamplingParams) -> list[
                 answer["id"] = request.pop("id")
             prompt, params = _parse(request, defaults)
             engine.tokenize(prompt, params)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:  # the latter: JSON nested too deep
             answer["error"] = str(e)
         else:
             accepted.append((answer, prompt, params))
@@ -82,19 +82,21 @@ def _parse(request: dict[str, Any], defaults: SamplingParams) -> tuple[str, Samp
 class _Incoming:
     """Lines, read by a thread of their own, so that a batch can be what has come so far."""
 
-    def __init__(self, lines: Iterable[str]) -> None:
-        self._queue: queue.Queue[str | None] = queue.Queue(maxsize=1024)
+    def __init__(self, lines: Iterable[bytes]) -> None:
+        self._queue: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
 
-    def _read(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            if line.strip():
-                self._queue.put(line)
-        self._queue.put(None)
+    def _read(self, lines: Iterable[bytes]) -> None:
+        try:
+            for line in lines:
+                if line.strip():
+                    self._queue.put(line)
+        finally:
+            self._queue.put(None)
 
-    def take(self, max_batch: int) -> list[str] | None:
+    def take(self, max_batch: int) -> list[bytes] | None:
         """The next lines, at least one unless none comes for a while; None when there will be no more."""
-        batch: list[str] = []
+        batch: list[bytes] = []
         while len(batch) < max_batch:
             try:
                 line = self._queue.get(timeout=_GATHER_S if batch else _IDLE_S)

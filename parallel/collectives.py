@@ -28,10 +28,10 @@ def all_gather_last(x: Tensor, tp: TPGroup) -> Tensor:
     """Joins every rank's ``x [..., n]`` along the last dimension, in rank order: ``[..., size * n]``."""
     if tp.size == 1:
         return x
-    gathered = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
+    gathered = tp.buffer((tp.size * x.shape[0], *x.shape[1:]), x.dtype)
     with nvtx_range("all_gather", "collective"):
         _all_gather(gathered, x.contiguous(), group=tp.group)
-    return gathered.view(tp.size, *x.shape).movedim(0, -2).flatten(-2)
+    return torch.cat(gathered.chunk(tp.size), dim=-1)
 
 
 def reduce_residual_norm(

@@ -12,6 +12,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Elements of the reserved payload: 64 tokens of OPT-175B and something riding along.
+_RESERVED = 2**20
+
 
 @dataclass(eq=False, slots=True)
 class TPGroup:
@@ -34,15 +37,17 @@ class TPGroup:
         return slice(min(self.rank * share, n), min((self.rank + 1) * share, n))
 
     def buffer(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A communication buffer, uninitialised; the same memory at every call: one payload at a time.
+        """Memory for the payload of a collective, uninitialised. One payload lives at a time.
 
-        Collectives work in it in place, and a route that needs registered memory has one place to get it.
+        A decode step's payloads all lie at one address, which never changes: captured graphs and registered
+        memory can rely on it. What is longer (a prefill's) gets memory of its own.
         """
         numel = prod(shape)
-        buffer = self._buffers.get(dtype)
-        if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[dtype] = torch.empty(numel, dtype=dtype, device=self.device)
-        return buffer[:numel].view(shape)
+        if numel > _RESERVED:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if dtype not in self._buffers:
+            self._buffers[dtype] = torch.empty(_RESERVED, dtype=dtype, device=self.device)
+        return self._buffers[dtype][:numel].view(shape)
 
     def broadcast_object(self, obj: T) -> T:
         """Rank 0's ``obj``, on every rank. For the host's control messages, not for tensors of the step."""

@@ -24,7 +24,7 @@ class TensorReader(Protocol):
 
 
 class Weight(nn.Module):
-    """A (data, scale) pair; ``scale`` is None for 16- and 32-bit weights."""
+    """A (data, scale) pair; ``scale`` broadcasts over ``data`` and is None for 16- and 32-bit weights."""
 
     scale: Tensor | None
 
@@ -32,6 +32,15 @@ class Weight(nn.Module):
         super().__init__()
         self.data = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.register_parameter("scale", None)
+
+    @property
+    def value(self) -> Tensor:
+        """The numbers that the pair stands for."""
+        return self.data if self.scale is None else self.data.to(self.scale.dtype) * self.scale
+
+    def load(self, reader: TensorReader, name: str) -> None:
+        """Reads a weight that every rank holds whole, in the checkpoint's own layout."""
+        self.data.copy_(reader.read(name, tuple(self.data.shape)))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,11 +65,11 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """``positions [B, S]`` to ``[B, S, D]``."""
-        return F.embedding(positions + self.OFFSET, self.weight.data)
+        return F.embedding(positions + self.OFFSET, self.weight.value)
 
     def load(self, reader: TensorReader, name: str) -> None:
         """Reads the whole table."""
-        self.weight.data.copy_(reader.read(f"{name}.weight", tuple(self.weight.data.shape)))
+        self.weight.load(reader, f"{name}.weight")
 
 
 class ReplicatedLinear(nn.Module):
@@ -72,11 +81,11 @@ class ReplicatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return F.linear(x, self.weight.data)
+        return F.linear(x, self.weight.value)
 
     def load(self, reader: TensorReader, name: str) -> None:
         """Reads the whole matrix."""
-        self.weight.data.copy_(reader.read(f"{name}.weight", tuple(self.weight.data.shape)))
+        self.weight.load(reader, f"{name}.weight")
 
 
 class ColumnParallelLinear(nn.Module):
@@ -91,7 +100,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]``, the same on every rank, to this rank's ``[..., out_local]``."""
-        return F.linear(x, self.weight.data, self.bias)
+        return F.linear(x, self.weight.value, self.bias)
 
     def load(self, reader: TensorReader, name: str) -> None:
         """Reads this rank's rows."""
@@ -115,7 +124,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """This rank's ``x [..., in_local]`` to its share ``[..., out]`` of the sum, in ``out`` if given."""
-        return torch.matmul(x, self.weight.data, out=out)
+        return torch.matmul(x, self.weight.value, out=out)
 
     def load(self, reader: TensorReader, name: str) -> None:
         """Reads this rank's columns, and the whole bias."""
@@ -139,7 +148,7 @@ class QKVParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x [B, S, D]`` to this rank's queries, keys and values, each ``[B, S, N, H]``."""
-        weight = self.weight.data
+        weight = self.weight.value
         bias = None if self.bias is None else self.bias.flatten()
         q, k, v = F.linear(x, weight.flatten(0, 2), bias).unflatten(-1, weight.shape[:3]).unbind(-2)
         return q, k, v
@@ -171,15 +180,15 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """``token_ids [B, S]`` to ``[B, S, dim]``, good until the next payload; one all-reduce."""
         if self.tp.size == 1:
-            return F.embedding(token_ids, self.weight.data)
+            return F.embedding(token_ids, self.weight.value)
         here = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
-        rows = F.embedding(torch.where(here, token_ids - self.rows.start, 0), self.weight.data)
+        rows = F.embedding(torch.where(here, token_ids - self.rows.start, 0), self.weight.value)
         payload = self.tp.buffer(rows.shape, rows.dtype)
-        return all_reduce(torch.mul(rows, here.unsqueeze(-1), out=payload), self.tp)
+        return all_reduce(torch.where(here.unsqueeze(-1), rows, rows.new_zeros(()), out=payload), self.tp)
 
     def logits(self, x: Tensor) -> Tensor:
         """``x [..., dim]`` to all tokens' logits ``[..., V]``, the same on every rank; one all-gather."""
-        return all_gather_last(F.linear(x, self.weight.data), self.tp)[..., : self.vocab_size]
+        return all_gather_last(F.linear(x, self.weight.value), self.tp)[..., : self.vocab_size]
 
     def load(self, reader: TensorReader, name: str) -> None:
         """Reads this rank's rows."""

@@ -96,10 +96,9 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     """The commit measured: from git, or from DEJAVU_COMMIT where the code was copied without its history."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return git.stdout.strip() or os.environ.get("DEJAVU_COMMIT", "unknown")
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        git = None
+    return (git and git.stdout.strip()) or os.environ.get("DEJAVU_COMMIT", "unknown")

@@ -22,7 +22,6 @@ _OPTIONAL: dict[str, Any] = {
     "enable_bias": True,
     "layer_norm_elementwise_affine": True,
     "tie_word_embeddings": True,
-    "bos_token_id": 2,
     "eos_token_id": 2,
 }
 
@@ -47,7 +46,6 @@ class OPTConfig:
     enable_bias: bool = True
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
-    bos_token_id: int = 2
     eos_token_id: int = 2
     dtype: torch.dtype = torch.float16
 
@@ -123,6 +121,6 @@ _DTYPES = {
 
 def parse_dtype(name: str) -> torch.dtype:
     """``fp16``, ``bf16``, ``fp32`` or torch's own names."""
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise ValueError(f"dtype={name!r} is unknown: use fp16, bf16 or fp32")
     return _DTYPES[name]

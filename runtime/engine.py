@@ -99,7 +99,7 @@ class Engine:
             tp: the group to share the model with; by default the ranks that torchrun started.
             dtype: ``fp16``, ``bf16``, ``fp32``; ``auto`` is the checkpoint's on CUDA and fp32 on the CPU.
             device: ``auto``, ``cpu`` or ``cuda``; goes unused if ``tp`` is given.
-            on_load: called with (bytes read, bytes of this rank's share) as the weights come in.
+            on_load: called with (bytes that have come in, bytes of this rank's share), in ``dtype``.
 
         Raises:
             ValueError: no such model, a damaged one, or one that these ranks cannot share.
@@ -198,9 +198,15 @@ class Engine:
         Raises:
             ValueError: it is empty or does not fit.
         """
-        if not isinstance(prompt, str) or not prompt:
+        if not isinstance(prompt, str):
+            raise ValueError(f"the prompt is no string but a {type(prompt).__name__}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"the prompt is not valid Unicode: {e.reason} at character {e.start}") from None
+        ids: list[int] = self.tokenizer(prompt, verbose=False).input_ids if prompt else []
+        if not ids:
             raise ValueError("the prompt is empty")
-        ids: list[int] = self.tokenizer(prompt, verbose=False).input_ids
         config = self.model.config
         if len(ids) + params.max_new_tokens > config.max_position_embeddings:
             raise ValueError(
@@ -223,7 +229,9 @@ class Engine:
         times = ttft
         while True:
             tokens = state.tokens.tolist()  # the one wait of a step
-            times.append(1e3 * (time.perf_counter() - clock))
+            now = time.perf_counter()
+            times.append(1e3 * (now - clock))
+            clock, times = now, steps  # what the host does with a token is part of the next one's time
             for i, (request, token) in enumerate(zip(batch, tokens, strict=True)):
                 if request.finish_reason is None:
                     text = request.push(token, self.model.config.eos_token_id)
@@ -233,7 +241,6 @@ class Engine:
                         state.alive[i] = 0
             if all(request.finish_reason is not None for request in batch):
                 return
-            clock, times = time.perf_counter(), steps
             self.decode_step(state)
 
     def _generation(
@@ -258,7 +265,7 @@ class Engine:
             density={"mlp": 1.0, "heads": 1.0},
             policy="dense",
             tp=self.tp.size,
-            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            dtype=str(self.model.dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         )
 
@@ -299,10 +306,10 @@ def _load(model: str, tp: TPGroup, dtype: torch.dtype | None, on_load: OnLoad | 
     """This rank's share of the network, and the tokenizer."""
     directory = find_model(model)
     config = OPTConfig.from_json(directory / "config.json")
-    with torch.device("meta"):
-        network = OPTModel(config, tp=tp)
-    tokenizer = _load_tokenizer(directory)
     dtype = dtype or (torch.float32 if tp.device.type == "cpu" else config.dtype)
+    with torch.device("meta"):
+        network = OPTModel(config, tp=tp, dtype=dtype)
+    tokenizer = _load_tokenizer(directory)
     total = sum(p.numel() for p in network.parameters()) * dtype.itemsize
     done = 0
 
@@ -314,7 +321,7 @@ def _load(model: str, tp: TPGroup, dtype: torch.dtype | None, on_load: OnLoad | 
 
     with nvtx_range("load"):
         checkpoint = Checkpoint(directory, on_read)
-        network.to(dtype).requires_grad_(False).to_empty(device=tp.device)
+        network.to_empty(device=tp.device)
         network.load(checkpoint)
     return network, tokenizer
 

@@ -6,6 +6,7 @@ The residual stream ``[B, S, D]`` is the same on every rank.
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         kv.write(k, v, step)
         if heads is not None:
             assert step.mask is not None and x.shape[1] == 1, "heads are chosen when decoding only"
-            out_proj = self.out_proj.weight.data.unflatten(0, q.shape[-2:])
+            out_proj = self.out_proj.weight.value.unflatten(0, q.shape[-2:])
             return sparse_attention_reference(
                 q, kv.keys, kv.values, step.mask, out_proj, heads.ids, heads.count, out=out
             )
@@ -81,7 +82,7 @@ class MLP(nn.Module):
             return partial
         fc1, fc2 = self.fc1, self.fc2
         return sparse_mlp_reference(
-            x, fc1.weight.data, fc1.bias, fc2.weight.data, neurons.ids, neurons.count, out=out
+            x, fc1.weight.value, fc1.bias, fc2.weight.value, neurons.ids, neurons.count, out=out
         )
 
 
@@ -91,6 +92,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: OPTConfig, index: int, *, tp: TPGroup) -> None:
         super().__init__()
         self.name = f"layer.{index}"
+        self.attention_name, self.mlp_name = f"{self.name}/attention", f"{self.name}/mlp"
         self.tp = tp
         self.pre_norm = config.do_layer_norm_before
         self.self_attn = Attention(config, tp=tp)
@@ -110,10 +112,10 @@ class DecoderLayer(nn.Module):
         """``residual`` and ``x [B, S, D]``, what attention reads of it, to the same two of the next layer."""
         mlp_norm = self.final_layer_norm if self.pre_norm else self.self_attn_layer_norm
         out = self.tp.buffer(x.shape, x.dtype)
-        with nvtx_range(f"{self.name}/attention"):
+        with nvtx_range(self.attention_name):
             partial = self.self_attn(x, kv, step, active.heads, out)
             residual, x = self.boundary(partial, residual, self.self_attn.out_proj.bias, mlp_norm)
-        with nvtx_range(f"{self.name}/mlp"):
+        with nvtx_range(self.mlp_name):
             partial = self.mlp(x, active.neurons, out)
             return self.boundary(partial, residual, self.mlp.fc2.bias, next_norm)
 
@@ -142,12 +144,16 @@ class OPTModel(nn.Module):
         ValueError: ``tp.size`` ranks cannot share this model.
     """
 
-    def __init__(self, config: OPTConfig, *, tp: TPGroup, layers: range | None = None) -> None:
+    def __init__(
+        self, config: OPTConfig, *, tp: TPGroup, dtype: torch.dtype, layers: range | None = None
+    ) -> None:
         super().__init__()
         config.check_tp(tp.size)
         self.config = config
         self.tp = tp
+        self.dtype = dtype
         self.layer_range = range(config.num_layers) if layers is None else layers
+        assert self.layer_range, "a stage has at least one layer"
         self.is_first = self.layer_range.start == 0
         self.is_last = self.layer_range.stop == config.num_layers
         D, E, V = config.hidden_size, config.word_embed_proj_dim, config.vocab_size
@@ -163,6 +169,7 @@ class OPTModel(nn.Module):
         self.final_layer_norm = _layer_norm(config) if self.is_last and config.has_final_layer_norm else None
         self.project_out = ReplicatedLinear(D, E) if self.is_last and E != D else None
         self.lm_head = VocabParallelEmbedding(V, E, tp=tp) if self.is_last and not tied else None
+        self.to(dtype).requires_grad_(False)
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions ``[B, S]`` to the residual stream ``[B, S, D]``."""
@@ -181,9 +188,8 @@ class OPTModel(nn.Module):
 
         ``cache`` and ``active`` (None: everything) hold this stage's layers only.
         """
-        x = residual
-        if self.config.do_layer_norm_before and len(self.layers):
-            x = self.layers[0].self_attn_layer_norm(residual)
+        pre_norm = self.config.do_layer_norm_before
+        x = self.layers[0].self_attn_layer_norm(residual) if pre_norm else residual
         for i, layer in enumerate(self.layers):
             chosen = ActiveSet() if active is None else active[i]
             with nvtx_range(layer.name):
@@ -214,7 +220,7 @@ class OPTModel(nn.Module):
         """A cache for ``batch`` sequences of at most ``length`` tokens in this stage's layers."""
         config = self.config
         shape = (len(self.layers), batch, self.tp.divide(config.num_heads), length, config.head_dim)
-        return KVCache.empty(shape, next(self.parameters()).dtype, self.tp.device)
+        return KVCache.empty(shape, self.dtype, self.tp.device)
 
     def decode_bytes(self) -> int:
         """Bytes of weights that one decode step reads on this rank: all but the tables it only looks up."""

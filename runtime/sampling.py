@@ -3,7 +3,6 @@
 Shape legend: B batch, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,15 +35,14 @@ class SamplingParams:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not an integer")
         for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r} is not a number")
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a number")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} is less than 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} is negative; 0 leaves all tokens in")
+        if not 0 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature={self.temperature} is not in [0, 1e6]")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k={self.top_k} is not in [0, 2**31); 0 leaves all tokens in")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
         if not 0 <= self.seed < 2**63:
@@ -103,13 +101,14 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, un
 
     Args:
         logits: ``[B, V]``.
-        temperature, top_k, top_p: ``[B]``; a temperature of 0 is read as 1.
+        temperature, top_k, top_p: ``[B]``; a temperature under 1e-6 is read as that.
         uniform: ``[B]`` in [0, 1).
 
     Returns:
         ``[B]`` token ids.
     """
-    scaled = logits / torch.where(temperature == 0, 1.0, temperature)[:, None]
+    # from the maximum down, so that no temperature can make an infinity of the likeliest token
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=1e-6)[:, None]
     scaled, tokens = torch.sort(scaled, dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
     in_top_k = (rank < top_k[:, None]) | (top_k[:, None] == 0)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DEMO = "demo"
+_READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FORMATS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -71,9 +72,6 @@ class Checkpoint:
         # the hub's oldest OPT files have the tensors of the decoder without the prefix "model."
         self._prefix = "" if any(name.startswith("model.") for name in self._where) else "model."
 
-    def __contains__(self, name: str) -> bool:
-        return name.removeprefix(self._prefix) in self._where
-
     def read(self, name: str, shape: tuple[int, ...], *index: slice) -> Tensor:
         """The part ``[index]`` of the tensor ``name``, which must have the global ``shape``.
 
@@ -91,6 +89,8 @@ class Checkpoint:
         if found != shape:
             raise ValueError(f"{path}: {name} has shape {list(found)}, the config expects {list(shape)}")
         part: Tensor = tensor[index or (slice(None),)]
+        if part.dtype not in _READABLE:
+            raise ValueError(f"{path}: {name} is {part.dtype}, expected one of 16, 32 or 64-bit floats")
         self.bytes_read += part.nbytes
         if self._on_read is not None:
             self._on_read(part.numel())
@@ -100,10 +100,10 @@ class Checkpoint:
         """Which file holds each tensor."""
         for name in _FORMATS:
             single, index = self.directory / name, self.directory / f"{name}.index.json"
-            if index.is_file():
-                return self._read_index(index)
             if single.is_file():
                 return dict.fromkeys(self._open(single), single)
+            if index.is_file():
+                return self._read_index(index)
         raise ValueError(
             f"{self.directory} has no weights: expected one of {', '.join(_FORMATS)}, or its index"
         )

@@ -44,9 +44,9 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     rows = [
         {"test": report.nodeid.split("::")[-1], "outcome": outcome, **dict(report.user_properties)}
-        for outcome in ("passed", "failed")
+        for outcome in ("passed", "failed", "error", "skipped")
         for report in terminalreporter.stats.get(outcome, [])
-        if report.when == "call" and {"gpu", "multi_gpu"} & set(report.keywords)
+        if {"gpu", "multi_gpu"} & set(report.keywords)
     ]
     name = "parity-" + device_name().lower().replace("nvidia ", "").replace(" ", "")
     path = write_record(Path(directory), name, rows, command='pytest -m "gpu or multi_gpu" --record-results')

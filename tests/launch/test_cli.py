@@ -1,10 +1,13 @@
 """The `dejavu` command as a user meets it: answers on standard output, mistakes in one line and status 2."""
 
+import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,13 +57,13 @@ def test_generate_streams_the_prompt_and_its_text(dejavu):
 
 def test_generate_json_is_one_object_on_the_last_line(dejavu, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("Once\n\nThe sea\nHe said\n")
+    prompts.write_bytes("\ufeffOnce\n\nThe sea\r\nHe\u2028said\n".encode())
     status, out, _ = dejavu(
         "generate", "--prompt-file", prompts, "--json", "--max-new-tokens", 5, "--max-batch", 2, *CPU
     )
     answer = json.loads(out.splitlines()[-1])
     assert status == 0
-    assert [r["prompt"] for r in answer["results"]] == ["Once", "The sea", "He said"]
+    assert [r["prompt"] for r in answer["results"]] == ["Once", "The sea", "He\u2028said"]
     assert set(answer["results"][0]) == {"prompt", "text", "token_ids", "finish_reason"}
     assert set(answer) == {
         "results", "ttft_ms", "ms_per_token", "tokens_per_s", "weight_bytes", "gb_per_s",
@@ -92,13 +95,15 @@ def test_stop_strings_and_sampling_reach_the_engine(dejavu):
         (["--prompt", "word " * 1100], "1024 positions"),
         (["--prompt", "x", "--max-new-tokens", "5000"], "max_new_tokens=5000 do not fit"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 is less than 1"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 is negative"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 is not in [0, 1e6]"),
         (["--prompt", "x", "--temperature", "warm"], "--temperature"),
         (["--prompt", "x", "--dtype", "fp64"], "dtype='fp64' is unknown"),
         (["--prompt", "x", "--device", "tpu"], "device=tpu is unknown"),
-        (["--prompt", "x", "--max-batch", "0"], "max_batch=0 is less than 1"),
+        (["--prompt", "x", "--max-batch", "0"], "--max-batch"),
         (["--prompt", "x", "--no-such-option"], "--no-such-option"),
         ([], "give one of --prompt, --prompt-file and --stdin"),
+        (["--stdin", "--json"], "--stdin answers in JSON lines by itself"),
+        (["--stdin", "--max-batch", "0"], "--max-batch"),
         (["--prompt", "x", "--stdin"], "give one of --prompt, --prompt-file and --stdin"),
         (["--prompt-file", "no-such-file"], "cannot read no-such-file: No such file"),
     ],
@@ -161,15 +166,29 @@ def check_answers(found):
     assert found[5]["error"] == "top_p=2 is not in (0, 1]"
 
 
+WRONG_LINES = {
+    b"not json": "Expecting value",
+    b"[1]": "not a JSON object",
+    b"\xff": "can't decode byte",
+    b"[" * 100_000: "recursion",
+    b'{"prompt": "a\\ud800"}': "not valid Unicode",
+    b'{"id": "\\ud800", "prompt": 3}': "no string but a int",
+    b'{"prompt": "x", "temperature": 1' + b"0" * 400 + b"}": "temperature=",
+    b'{"prompt": "x", "top_k": 9223372036854775808}': "top_k=9223372036854775808",
+}
+
+
 @pytest.mark.parametrize("max_batch", [1, 4])
 def test_stdin_answers_each_line_in_order(dejavu, monkeypatch, max_batch):
-    lines = stream(["\n", "not json\n", "[1]\n"]).splitlines(keepends=True)
-    monkeypatch.setattr(sys, "stdin", iter(lines))
+    lines = b"\xef\xbb\xbf" + stream().encode() + b"\n" + b"\n".join(WRONG_LINES) + b"\n" + stream().encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     status, out, _ = dejavu("generate", "--stdin", "--max-batch", max_batch, *CPU)
     found = answers(out)
-    assert status == 0 and len(found) == 8
+    assert status == 0 and len(found) == 2 * len(REQUESTS) + len(WRONG_LINES)
     check_answers(found)
-    assert "Expecting value" in found[6]["error"] and "not a JSON object" in found[7]["error"]
+    for answer, message in zip(found[len(REQUESTS) :], WRONG_LINES.values(), strict=False):
+        assert message in answer["error"]
+    check_answers(found[-len(REQUESTS) :])
 
 
 def test_stdin_answers_before_the_input_ends():
@@ -226,20 +245,42 @@ def test_a_port_in_use_without_a_launcher(taken_port):
     assert_one_clear_line(run.returncode, run.stderr, f"127.0.0.1:{taken_port}: its port is in use")
 
 
-def test_launch_reports_a_rank_that_dies(model_dir, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
-        "    signal.setitimer(signal.ITIMER_REAL, 1)\n"
-    )
-    run = subprocess_dejavu(
-        *("launch", "--nproc-per-node", 2, "generate", "--prompt", "x", "--max-new-tokens", 900, *CPU),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-    )
-    assert run.returncode == 128 + 9
-    assert run.stderr.splitlines()[-1].startswith("error: rank 1 (process ")
-    assert run.stderr.rstrip().endswith("died: SIGKILL")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--no-such-option"], "--no-such-option"),
+        (["--nproc-per-node", "0"], "starts nothing"),
+        ([], "arguments"),
+    ],
+)
+def test_launch_options_that_are_wrong(dejavu, options, message):
+    status, _, err = dejavu("launch", *options, *(["demo"] if options else []))
+    assert_one_clear_line(status, err, message)
+
+
+def process_of_rank(launcher, rank):
+    """The process id of a rank, by its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue  # it has gone meanwhile, or is not ours
+        if parent == launcher and b"RANK=%d" % rank in environment:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_launch_names_the_rank_that_dies_in_the_middle():
+    command = [sys.executable, "-m", "dejavu.launch.cli", "launch", "--nproc-per-node", "2"]
+    command += ["generate", "--prompt", "x", "--max-new-tokens", "1000", *CPU]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(1) == "x"
+        killed = process_of_rank(process.pid, 1)
+        os.kill(killed, signal.SIGKILL)
+        _, err = process.communicate()
+    assert process.returncode == 128 + 9
+    assert err.splitlines()[-1] == f"error: rank 1 (process {killed}) died: SIGKILL"
 
 
 def test_the_demo_is_found_and_streams(dejavu):

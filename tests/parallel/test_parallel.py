@@ -20,10 +20,11 @@ def test_shards_cover_everything_once(n, size):
 
 def test_the_buffer_stays_where_it_is():
     tp = TPGroup()
-    big = tp.buffer((3, 4), torch.float32)
-    assert tp.buffer((2, 2), torch.float32).data_ptr() == big.data_ptr()
+    decode = tp.buffer((3, 4), torch.float32)
+    prefill = tp.buffer((2000, 3000), torch.float32)
+    assert prefill.shape == (2000, 3000) and prefill.data_ptr() != decode.data_ptr()
+    assert tp.buffer((30, 4), torch.float32).data_ptr() == decode.data_ptr()
     assert tp.buffer((2, 2), torch.float16).dtype == torch.float16
-    assert tp.buffer((30, 4), torch.float32).shape == (30, 4)
 
 
 def agreeing(tp, failing, same):
@@ -71,6 +72,9 @@ def test_an_unknown_device_is_refused():
 def collecting(tp, dtype):
     x = torch.full((2, 3), 1.0 + tp.rank, dtype=dtype)
     gathered = all_gather_last(x[..., :1] * torch.tensor([[1.0], [10.0]], dtype=dtype), tp)
+    first = gathered.clone()
+    all_gather_last(torch.zeros(2, 1, dtype=dtype), tp)
+    assert torch.equal(gathered, first)  # the result is no view of a buffer
     return all_reduce(x, tp), gathered
 
 

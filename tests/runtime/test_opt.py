@@ -20,8 +20,10 @@ def model_dir(request, tmp_path_factory):
 
 
 def load(directory, tp, layers=None):
-    model = OPTModel(OPTConfig.from_json(directory / "config.json"), tp=tp, layers=layers)
-    model.requires_grad_(False).load(Checkpoint(directory))
+    model = OPTModel(
+        OPTConfig.from_json(directory / "config.json"), tp=tp, dtype=torch.float32, layers=layers
+    )
+    model.load(Checkpoint(directory))
     return model
 
 
@@ -144,3 +146,14 @@ def test_more_ranks_than_fit_are_refused(model_dir):
     for size in (3, 8):
         with pytest.raises(ValueError, match=f"cannot be split over {size} ranks; 1, 2, 4 would work"):
             load(model_dir, TPGroup(size=size))
+
+
+def test_a_scale_belongs_to_its_weight(model_dir):
+    model, scaled = load(model_dir, TPGroup()), load(model_dir, TPGroup())
+    for layer in scaled.layers:
+        for weight in (layer.mlp.fc1.weight, layer.mlp.fc2.weight, layer.self_attn.qkv_proj.weight):
+            per_row = torch.rand(*weight.data.shape[:-1], 1) + 0.5
+            weight.scale = torch.nn.Parameter(per_row, requires_grad=False)
+            weight.data.div_(per_row)
+    expected = forced_logits(model, token_ids())
+    torch.testing.assert_close(forced_logits(scaled, token_ids()), expected, atol=1e-4, rtol=0)

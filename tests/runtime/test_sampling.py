@@ -53,14 +53,20 @@ def test_top_p_is_of_what_top_k_left():
     top_k=st.integers(0, 400),
     top_p=st.floats(1e-20, 1),
     uniform=st.sampled_from([0.0, 0.25, 0.5, 1 - 2**-53]),
+    temperature=st.floats(1e-40, 1e6),
 )
-def test_any_draw_is_a_token_that_was_left_in(seed, vocab, top_k, top_p, uniform):
+def test_any_draw_is_a_token_that_was_left_in(seed, vocab, top_k, top_p, uniform, temperature):
     torch.manual_seed(seed)
     logits = 5 * torch.randn(1, vocab)
     one = torch.ones(1)
     token = sample(
-        logits, one, torch.tensor([top_k]), top_p * one, torch.tensor([uniform], dtype=torch.float64)
+        logits,
+        temperature * one,
+        torch.tensor([top_k]),
+        top_p * one,
+        torch.tensor([uniform], dtype=torch.float64),
     )
+    logits = (logits.double() - logits.max()) / max(temperature, 1e-6)
     rank = (logits > logits[0, token]).sum()
     assert 0 <= token < vocab
     assert top_k == 0 or rank < top_k
@@ -90,6 +96,11 @@ def test_a_stream_depends_on_the_seed_alone():
     assert not torch.equal(among.uniforms[:, 0], among.uniforms[:, 1])
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45])
+def test_a_tiny_temperature_is_nearly_greedy(temperature):
+    assert draw(torch.tensor([10.0, 20.0, -5.0]), n=100, temperature=temperature).tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -98,6 +109,8 @@ def test_a_stream_depends_on_the_seed_alone():
         {"temperature": -1},
         {"temperature": float("nan")},
         {"temperature": "hot"},
+        {"temperature": 10**400},
+        {"top_k": 2**63},
         {"top_k": -1},
         {"top_p": 0},
         {"top_p": 1.01},
