@@ -18,7 +18,8 @@ from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
 from dejavu.profiles import nvtx
-from dejavu.runtime.engine import Engine, Generation, OnLoad, OnText
+from dejavu.runtime.engine import Engine, Generation, OnText
+from dejavu.runtime.loading import OnLoad
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.weights import DEMO
 

@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,24 +13,14 @@ from torch import Tensor
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import KVCache
-from dejavu.runtime.config import OPTConfig, parse_dtype
+from dejavu.runtime.config import parse_dtype
+from dejavu.runtime.loading import OnLoad, load_model
 from dejavu.runtime.opt import OPTModel
+from dejavu.runtime.request import Request, Result
 from dejavu.runtime.sampling import Sampler, SamplingParams
 from dejavu.runtime.text import TextStream
-from dejavu.runtime.weights import Checkpoint, find_model
 
 OnText = Callable[[int, str], None]
-OnLoad = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The answer to one prompt. ``finish_reason``: ``stop`` (stop string or end of text) or ``length``."""
-
-    prompt: str
-    text: str
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +96,7 @@ class Engine:
         wanted = None if dtype == "auto" else parse_dtype(dtype)
         if tp is None:
             tp = init_tp(pick_device(device))
-        network, tokenizer = tp.agree(partial(_load, model, tp, wanted, on_load))
+        network, tokenizer = tp.agree(partial(load_model, model, tp, wanted, on_load))
         return cls(network, tokenizer, tp)
 
     def generate(
@@ -178,7 +167,7 @@ class Engine:
 
     def _requests(
         self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list["_Request"]:
+    ) -> list[Request]:
         if isinstance(prompts, str):
             raise ValueError("prompts is a string, expected a list of strings")
         if not prompts:
@@ -188,7 +177,7 @@ class Engine:
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
         return [
-            _Request(i, prompt, self.tokenize(prompt, p), p, TextStream(self.tokenizer, p.stop))
+            Request(i, prompt, self.tokenize(prompt, p), p, TextStream(self.tokenizer, p.stop))
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
 
@@ -221,7 +210,7 @@ class Engine:
 
     @torch.inference_mode()
     def _run(
-        self, batch: Sequence["_Request"], ttft: list[float], steps: list[float], on_text: OnText | None
+        self, batch: Sequence[Request], ttft: list[float], steps: list[float], on_text: OnText | None
     ) -> None:
         """Prefills and decodes one batch to its last sequence's end; appends ms to ``ttft`` and ``steps``."""
         clock = time.perf_counter()
@@ -243,9 +232,7 @@ class Engine:
                 return
             self.decode_step(state)
 
-    def _generation(
-        self, requests: Sequence["_Request"], ttft: list[float], steps: list[float]
-    ) -> Generation:
+    def _generation(self, requests: Sequence[Request], ttft: list[float], steps: list[float]) -> Generation:
         mean = float(np.mean(steps)) if steps else None
         weight_bytes = self.model.decode_bytes()
         device = self.tp.device
@@ -268,69 +255,3 @@ class Engine:
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         )
-
-
-@dataclass(slots=True)
-class _Request:
-    """A prompt on its way to a `Result`."""
-
-    index: int
-    prompt: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    stream: TextStream
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-    def push(self, token: int, eos_token_id: int) -> str:
-        """Takes the next token, decides whether it is the last, and returns the text that became certain."""
-        self.token_ids.append(token)
-        text = self.stream.push(token)
-        if self.stream.stopped or (token == eos_token_id and not self.params.ignore_eos):
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self.params.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
-            text += self.stream.finish()
-            if self.stream.stopped:
-                self.finish_reason = "stop"
-        return text
-
-    def result(self) -> Result:
-        assert self.finish_reason is not None
-        return Result(self.prompt, self.stream.text, self.token_ids, self.finish_reason)
-
-
-@torch.no_grad()
-def _load(model: str, tp: TPGroup, dtype: torch.dtype | None, on_load: OnLoad | None) -> tuple[OPTModel, Any]:
-    """This rank's share of the network, and the tokenizer."""
-    directory = find_model(model)
-    config = OPTConfig.from_json(directory / "config.json")
-    dtype = dtype or (torch.float32 if tp.device.type == "cpu" else config.dtype)
-    with torch.device("meta"):
-        network = OPTModel(config, tp=tp, dtype=dtype)
-    tokenizer = _load_tokenizer(directory)
-    total = sum(p.numel() for p in network.parameters()) * dtype.itemsize
-    done = 0
-
-    def on_read(numel: int) -> None:
-        nonlocal done
-        done += numel * dtype.itemsize
-        if on_load is not None:
-            on_load(done, total)
-
-    with nvtx_range("load"):
-        checkpoint = Checkpoint(directory, on_read)
-        network.to_empty(device=tp.device)
-        network.load(checkpoint)
-    return network, tokenizer
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer  # here, for it takes seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as e:  # the library raises whatever its many backends raise
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"{directory} has no usable tokenizer: {reason}") from None
