@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
 USER_ERROR = 2
@@ -60,13 +60,18 @@ def _raise(message: str) -> NoReturn:
 
 
 def _report(error: ChildFailedError) -> int:
-    # a rank that was killed is the cause; its peers then fail of the lost connection, perhaps seen earlier
-    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
-    if failure.exitcode == USER_ERROR:  # the ranks have said what it was
-        return USER_ERROR
-    if failure.exitcode < 0:
-        cause = signal.Signals(-failure.exitcode).name
-    else:
-        cause = f"exit status {failure.exitcode}"
+    failures = error.failures
+    if any(failure.exitcode == USER_ERROR for failure in failures.values()):
+        return USER_ERROR  # the ranks have said what it was
+    rank, failure = min(failures.items(), key=lambda item: _order_of_blame(item[1]))
+    killed = failure.exitcode < 0
+    cause = signal.Signals(-failure.exitcode).name if killed else f"exit status {failure.exitcode}"
     print(f"error: rank {rank} (process {failure.pid}) died: {cause}", file=sys.stderr)
-    return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
+    return 128 - failure.exitcode if killed else failure.exitcode
+
+
+def _order_of_blame(failure: ProcessFailure) -> tuple[int, int]:
+    """A rank that was killed goes first, for the others then fail of the lost connection, perhaps seen earlier;
+    last go those that torchrun itself ended."""
+    kind = 2 if failure.exitcode == -signal.SIGTERM else 0 if failure.exitcode < 0 else 1
+    return kind, failure.timestamp
