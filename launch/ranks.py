@@ -71,7 +71,7 @@ def _report(error: ChildFailedError) -> int:
 
 
 def _order_of_blame(failure: ProcessFailure) -> tuple[int, int]:
-    """A rank that was killed goes first, for the others then fail of the lost connection, perhaps seen earlier;
-    last go those that torchrun itself ended."""
+    """A rank that was killed goes first: the others then fail of the lost connection, perhaps seen earlier.
+    Those that torchrun itself ended go last."""
     kind = 2 if failure.exitcode == -signal.SIGTERM else 0 if failure.exitcode < 0 else 1
     return kind, failure.timestamp
