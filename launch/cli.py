@@ -153,7 +153,7 @@ def _load_progress() -> Iterator[OnLoad | None]:
         return
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("loading")
+        task = progress.add_task("loading", total=None)  # not known before the config is read
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 

@@ -1,5 +1,6 @@
 """The `dejavu` command as a user meets it: answers on standard output, mistakes in one line and status 2."""
 
+import contextlib
 import io
 import json
 import os
@@ -70,6 +71,28 @@ def test_generate_json_is_one_object_on_the_last_line(dejavu, tmp_path):
         "density", "policy", "tp", "dtype", "device",
     }  # fmt: skip
     assert set(answer["ms_per_token"]) == {"mean", "p50", "p99"}
+
+
+def run_on_a_terminal(command):
+    """What the command shows on a standard error that is a terminal."""
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while piece := os.read(ours, 4096):
+                shown += piece
+    os.close(ours)
+    assert process.returncode == 0
+    return shown.decode()
+
+
+def test_loading_shows_a_bar_on_a_terminal_alone(dejavu):
+    generate = ("generate", "--prompt", "Once", "--max-new-tokens", "1", *CPU)
+    shown = run_on_a_terminal([sys.executable, "-m", "dejavu.launch.cli", *generate])
+    assert "loading" in shown and "/30.5 MB" in shown
+    assert "loading" not in dejavu(*generate)[2]
 
 
 def test_several_prompts_are_shown_one_after_the_other(dejavu):
