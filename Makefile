@@ -29,7 +29,7 @@ typecheck: $(VENV)/.dev
 	$(BIN)/mypy $(addprefix build/typecheck/dejavu/,runtime parallel kernels predictors launch profiles)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build *.egg-info
 
 # torch first and alone: what follows then finds its requirement met and brings no second build of it.
 # `touch` comes last, so an interrupted set-up starts again.

@@ -18,7 +18,7 @@ from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
 from dejavu.profiles import nvtx
-from dejavu.runtime.engine import Engine, Generation, OnText
+from dejavu.runtime.engine import Engine, Generation
 from dejavu.runtime.loading import OnLoad
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.weights import DEMO
@@ -79,15 +79,13 @@ def generate(
     if stdin:
         answer_stream(engine, sys.stdin.buffer, _print_line, defaults=params, max_batch=max_batch)
         return
-    stream = not as_json and len(prompts) == 1
-    on_text = _print_as_it_comes(prompts[0]) if stream else None
-    generation = engine.generate(prompts, params, max_batch=max_batch, on_text=on_text)
-    if as_json:
-        _print_line(json.dumps(asdict(generation)))
-        return
-    if stream:
-        print()
+    if len(prompts) == 1 and not as_json:
+        generation = _generate_aloud(engine, prompts[0], params)
     else:
+        generation = engine.generate(prompts, params, max_batch=max_batch)
+        if as_json:
+            _print_line(json.dumps(asdict(generation)))
+            return
         _print_results(generation)
     _print_summary(generation)
 
@@ -98,9 +96,7 @@ def demo(dtype: DType = "auto", device: Device = "auto", nvtx_ranges: NVTX = Fal
     engine = _load_engine(DEMO, dtype, device, nvtx_ranges)
     params = SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1)
     for prompt in ("It was a dark and stormy night", "The old man looked at the sea"):
-        generation = engine.generate([prompt], params, on_text=_print_as_it_comes(prompt))
-        print()
-        _print_summary(generation)
+        _print_summary(_generate_aloud(engine, prompt, params))
 
 
 @app.command(
@@ -112,7 +108,7 @@ def demo(dtype: DType = "auto", device: Device = "auto", nvtx_ranges: NVTX = Fal
     },
 )
 def launch_command(
-    arguments: Annotated[list[str], typer.Argument(help="torchrun's options, then COMMAND ...")],
+    arguments: Annotated[list[str], typer.Argument(metavar="COMMAND", help="After torchrun's options.")],
 ) -> None:
     """Start a command on several ranks: torchrun, with errors in one line.
 
@@ -165,15 +161,17 @@ def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def _print_as_it_comes(prompt: str) -> OnText:
-    """Prints the prompt with the first piece of its text: a prompt that is refused is not echoed."""
+def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams) -> Generation:
+    """Prints the prompt and its text as it comes; a prompt that is refused is not echoed."""
     unsaid = [prompt]
 
     def on_text(_: int, text: str) -> None:
         print(*unsaid, text, sep="", end="", flush=True)
         unsaid.clear()
 
-    return on_text
+    generation = engine.generate([prompt], params, on_text=on_text)
+    print(*unsaid)
+    return generation
 
 
 def _print_results(generation: Generation) -> None:
@@ -200,6 +198,13 @@ def main() -> None:
     """Runs the command; what a user got wrong becomes one line on standard error and exit status 2."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if global_rank() == 0 else nowhere):
         status = _run()
+    if status == 0:
+        shut_down()
+    elif "WORLD_SIZE" in os.environ:
+        # All ranks leave at once: there is nobody to take leave of, and gloo's threads can abort the attempt.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -214,8 +219,6 @@ def _run() -> int:
         if os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
         return _fail(str(e))
-    finally:
-        shut_down()
 
 
 def _fail(message: str) -> int:

@@ -48,7 +48,7 @@ def _answer(engine: Engine, lines: list[bytes], defaults: SamplingParams) -> lis
         answer: dict[str, Any] = {}
         answers.append(answer)
         try:
-            request = json.loads(line)
+            request = _parse_json(line)
             if not isinstance(request, dict):
                 raise ValueError("the request is not a JSON object")
             if "id" in request:
@@ -68,6 +68,13 @@ def _answer(engine: Engine, lines: list[bytes], defaults: SamplingParams) -> lis
         for (answer, _, _), result in zip(accepted, generation.results, strict=True):
             answer.update(text=result.text, token_ids=result.token_ids, finish_reason=result.finish_reason)
     return answers
+
+
+def _parse_json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"the line is not JSON: {e}") from None
 
 
 def _parse(request: dict[str, Any], defaults: SamplingParams) -> tuple[str, SamplingParams]:

@@ -17,7 +17,7 @@ from dejavu.runtime.config import parse_dtype
 from dejavu.runtime.loading import OnLoad, load_model
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.request import Request, Result
-from dejavu.runtime.sampling import Sampler, SamplingParams
+from dejavu.runtime.sampling import NO_TOKEN, Sampler, SamplingParams
 from dejavu.runtime.text import TextStream
 
 OnText = Callable[[int, str], None]
@@ -70,6 +70,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.tp = tp
+        self.dtype = str(model.dtype).removeprefix("torch.")
 
     @classmethod
     def from_pretrained(
@@ -116,7 +117,8 @@ class Engine:
             on_text: called with (prompt's index, new text) as soon as text is certain.
 
         Raises:
-            ValueError: an empty prompt, one too long for the model's positions, no prompts.
+            ValueError: an empty prompt, one too long for the model's positions, no prompts; logits that are
+                no finite numbers.
         """
         requests = self._requests(prompts, params)
         if max_batch < 1:
@@ -218,6 +220,10 @@ class Engine:
         times = ttft
         while True:
             tokens = state.tokens.tolist()  # the one wait of a step
+            if NO_TOKEN in tokens:
+                raise ValueError(
+                    f"the logits are no finite numbers: damaged weights, or too large for {self.dtype}"
+                )
             now = time.perf_counter()
             times.append(1e3 * (now - clock))
             clock, times = now, steps  # what the host does with a token is part of the next one's time
@@ -252,6 +258,6 @@ class Engine:
             density={"mlp": 1.0, "heads": 1.0},
             policy="dense",
             tp=self.tp.size,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         )

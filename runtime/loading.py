@@ -49,7 +49,10 @@ def _load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer  # here, for it takes seconds to import
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as e:  # the library raises whatever its many backends raise
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{directory} has no usable tokenizer: {reason}") from None
+    if not tokenizer("a", add_special_tokens=False).input_ids:  # made without any of its files
+        raise ValueError(f"{directory} has no usable tokenizer: its vocabulary is empty or not there")
+    return tokenizer

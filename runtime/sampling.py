@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -84,14 +86,17 @@ class Sampler:
         )
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """``logits [B, V]`` (fp32) to token ids ``[B]``; uses up one draw of every sequence's stream."""
+        """``logits [B, V]`` (fp32) to token ids ``[B]``; uses up one draw of every sequence's stream.
+
+        A row that has no finite maximum becomes `NO_TOKEN`: the host will see it, and need not be asked here.
+        """
         tokens = logits.argmax(-1)
         if not self.greedy:
             uniform = self.uniforms.index_select(0, self.step)[0]
             drawn = sample(logits, self.temperature, self.top_k, self.top_p, uniform)
             tokens = torch.where(self.temperature == 0, tokens, drawn)
         self.step.add_(1)
-        return tokens
+        return tokens.where(logits.amax(-1).isfinite(), NO_TOKEN)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
@@ -120,5 +125,5 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, un
     limit = torch.where(top_p < 1, (top_p.double() * 2**40).clamp(min=1), torch.inf)
     cumulative = (weights * (mass_before < limit[:, None])).cumsum(-1)
     target = (uniform[:, None] * cumulative[:, -1:]).long()
-    chosen = (cumulative <= target).sum(-1, keepdim=True)
+    chosen = (cumulative <= target).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
     return tokens.gather(-1, chosen)[:, 0]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def find_model(name: str) -> Path:
         return Path(str(files("dejavu.launch"))) / "demo" / "opt-books-8m"
     if name and (directory := Path(name).expanduser()).is_dir():
         return directory
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(f"no such model: {name!r} is not a directory, not a hub id and not 'demo'")
     return _download(name)
 
@@ -124,6 +125,7 @@ class Checkpoint:
     def _open(self, path: Path) -> dict[str, Any]:
         """The tensors of a file by name, as objects that read when they are indexed."""
         if path not in self._files:
+            path.open("rb").close()  # if it may not be read, this says so better than the libraries
             opener = _open_safetensors if path.suffix == ".safetensors" else _open_bin
             self._files[path] = opener(path)
         return self._files[path]
@@ -140,6 +142,8 @@ def _open_safetensors(path: Path) -> dict[str, Any]:
 def _open_bin(path: Path) -> dict[str, Any]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except UnpicklingError:
+        raise ValueError(f"{path} is damaged or holds more than plain tensors") from None
     except Exception as e:  # torch raises whatever its parts raise: pickle, zip, RuntimeError, OSError
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is damaged or no weights-only torch file: {reason}") from None

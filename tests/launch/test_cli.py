@@ -95,6 +95,12 @@ def test_loading_shows_a_bar_on_a_terminal_alone(dejavu):
     assert "loading" not in dejavu(*generate)[2]
 
 
+def test_a_prompt_without_a_text_is_shown_all_the_same(dejavu):
+    status, out, _ = dejavu("generate", "--prompt", "The king", "--max-new-tokens", "1", "--stop", ",", *CPU)
+    free = dejavu("generate", "--prompt", "The king", "--max-new-tokens", "1", *CPU)[1]
+    assert (status, out) == (0, "The king\n") and free.startswith("The king,")
+
+
 def test_several_prompts_are_shown_one_after_the_other(dejavu):
     status, out, _ = dejavu("generate", "--prompt", "Once", "--prompt", "The", "--max-new-tokens", 2, *CPU)
     assert status == 0 and "[1] Once" in out and "[2] The" in out
@@ -190,7 +196,7 @@ def check_answers(found):
 
 
 WRONG_LINES = {
-    b"not json": "Expecting value",
+    b"not json": "the line is not JSON",
     b"[1]": "not a JSON object",
     b"\xff": "can't decode byte",
     b"[" * 100_000: "recursion",

@@ -116,6 +116,15 @@ def test_requests_that_cannot_be_answered(engine, prompts, params, message):
         engine.generate(prompts, params)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_no_text(model_dir, value, temperature):
+    engine = Engine.from_pretrained(str(model_dir), device="cpu")
+    engine.model.final_layer_norm.bias[3] = value
+    with pytest.raises(ValueError, match="no finite numbers: damaged weights, or too large for float32"):
+        engine.generate(PROMPTS[:2], SamplingParams(temperature=temperature))
+
+
 def test_all_positions_can_be_used(engine):
     ids = engine.tokenize("Once", SamplingParams())
     longest = engine.model.config.max_position_embeddings - len(ids)
