@@ -279,7 +279,7 @@ def test_a_port_in_use_without_a_launcher(taken_port):
     [
         (["--no-such-option"], "--no-such-option"),
         (["--nproc-per-node", "0"], "starts nothing"),
-        ([], "arguments"),
+        ([], "COMMAND"),
     ],
 )
 def test_launch_options_that_are_wrong(dejavu, options, message):
