@@ -17,8 +17,7 @@ import torch
 from dejavu.parallel.groups import TPGroup
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sampling import SamplingParams
-from dejavu.runtime.weights import find_model
-from models import KINDS, make_model
+from models import KINDS, model_of
 from parity import PROMPTS, Continuation, hugging_face, ours_in_every_dtype
 from ranks import run_ranks
 
@@ -39,10 +38,7 @@ def relative_error(logits, expected):
 
 @pytest.fixture(scope="module", params=[*KINDS, "demo"])
 def reference(request, tmp_path_factory, demo_tokenizer):
-    if request.param == "demo":
-        directory = find_model("demo")
-    else:
-        directory = make_model(tmp_path_factory.mktemp("model"), **KINDS[request.param])
+    directory = model_of(request.param, tmp_path_factory.mktemp("model"))
     fp32 = hugging_face(directory, demo_tokenizer, device="cuda")
     half_error = {
         name: relative_error(

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dejavu.runtime.weights import find_model
-from models import KINDS, make_model
+from models import KINDS, model_of
 from parity import hugging_face, ours
 from ranks import run_ranks
 
@@ -14,10 +13,7 @@ TOLERANCE = 1e-4  # max abs logit error in fp32 (DESIGN 3)
 @pytest.fixture(scope="module", params=[*KINDS, "demo"])
 def reference(request, tmp_path_factory, demo_tokenizer):
     """A model's directory and what Hugging Face makes of it."""
-    if request.param == "demo":
-        directory = find_model("demo")
-    else:
-        directory = make_model(tmp_path_factory.mktemp("model"), **KINDS[request.param])
+    directory = model_of(request.param, tmp_path_factory.mktemp("model"))
     return directory, hugging_face(directory, demo_tokenizer)
 
 

@@ -296,4 +296,4 @@ def damaged_on_one_rank(tp, directory):
 
 
 def test_what_fails_on_one_rank_is_raised_on_all(model_dir):
-    run_ranks(2, damaged_on_one_rank, model_dir)
+    assert run_ranks(2, damaged_on_one_rank, model_dir) == [None, None]

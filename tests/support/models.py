@@ -38,6 +38,11 @@ def make_model(directory: Path, seed: int = 0, **overrides) -> Path:
     return directory
 
 
+def model_of(kind: str, folder: Path) -> Path:
+    """The directory of the embedded model (``demo``) or of a random one of a kind, made in ``folder``."""
+    return find_model("demo") if kind == "demo" else make_model(folder, **KINDS[kind])
+
+
 def random_model(seed: int = 0, **overrides) -> OPTForCausalLM:
     """Every parameter is random, biases and norms too: a bias that is zero tests nothing."""
     torch.manual_seed(seed)
