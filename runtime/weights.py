@@ -54,7 +54,7 @@ def _download(hub_id: str) -> Path:
 class Checkpoint:
     """The tensors of a model directory: safetensors or ``.bin``, in one file or in shards with an index.
 
-    Files are mapped, not loaded: a slice costs its own bytes. `bytes_read` counts them.
+    Files are mapped, not loaded: a slice costs its own bytes and no others.
 
     Args:
         directory: the model's directory.
@@ -66,7 +66,6 @@ class Checkpoint:
 
     def __init__(self, directory: Path, on_read: Callable[[int], None] | None = None) -> None:
         self.directory = directory
-        self.bytes_read = 0
         self._on_read = on_read
         self._files: dict[Path, dict[str, Any]] = {}
         self._where = self._locate()
@@ -92,7 +91,6 @@ class Checkpoint:
         part: Tensor = tensor[index or (slice(None),)]
         if part.dtype not in _READABLE:
             raise ValueError(f"{path}: {name} is {part.dtype}, expected one of 16, 32 or 64-bit floats")
-        self.bytes_read += part.nbytes
         if self._on_read is not None:
             self._on_read(part.numel())
         return part
