@@ -140,7 +140,6 @@ class QKVParallelLinear(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, *, bias: bool, tp: TPGroup) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
         self.rows = tp.shard(hidden_size)
         local = (tp.divide(num_heads), 3, hidden_size // num_heads)
         self.weight = Weight(*local, hidden_size)

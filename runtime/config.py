@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,14 +15,14 @@ _REQUIRED = {
     "num_attention_heads": "num_heads",
     "max_position_embeddings": "max_position_embeddings",
 }
-# What Hugging Face assumes where a config is silent (the hub's OPT configs leave out most of these).
-_OPTIONAL: dict[str, Any] = {
-    "do_layer_norm_before": True,
-    "enable_bias": True,
-    "layer_norm_elementwise_affine": True,
-    "tie_word_embeddings": True,
-    "eos_token_id": 2,
-}
+# A config may be silent on these, as the hub's are on most; Hugging Face then assumes `OPTConfig`'s defaults.
+_OPTIONAL = (
+    "do_layer_norm_before",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+    "tie_word_embeddings",
+    "eos_token_id",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +99,7 @@ class OPTConfig:
         try:
             return cls(
                 **{ours: raw[theirs] for theirs, ours in _REQUIRED.items()},
-                **{name: raw.get(name, default) for name, default in _OPTIONAL.items()},
+                **{name: raw[name] for name in _OPTIONAL if name in raw},
                 word_embed_proj_dim=raw.get("word_embed_proj_dim") or raw["hidden_size"],
                 has_final_layer_norm=pre_norm and not raw.get("_remove_final_layer_norm", False),
                 dtype=parse_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
