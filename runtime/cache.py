@@ -1,6 +1,6 @@
 """The static key/value cache.
 
-Shape legend: L layers, B batch, S query length, T cache length, N local heads, H head dim.
+Shape legend: L layers, B batch, S query length, T cache length, N local heads, H head dim, D hidden, W ring.
 """
 
 from dataclasses import dataclass
@@ -8,39 +8,69 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Attention inputs kept for heads that were not chosen: the longest that keys and values are put off.
+WINDOW = 64
+
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
     """Keys and values ``[L, B, N, T, H]`` and ``lengths [B]``, how many positions of each sequence they hold.
 
     Sequences begin at slot 0, whatever their prompts' lengths: slot and position are the same number.
+    A lazy cache also has ``inputs [L, B, W, D]``, a ring of what each attention block was given last, and
+    ``filled_to int64[L, B, N]``: from there on a head's keys and values are yet to be computed.
     """
 
     keys: Tensor
     values: Tensor
     lengths: Tensor
+    inputs: Tensor | None = None
+    filled_to: Tensor | None = None
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+        cls,
+        shape: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        lazy: tuple[int, int] | None = None,
     ) -> "KVCache":
-        """Zeros, not garbage: a masked slot's value is multiplied by 0, which would not silence a NaN."""
+        """Zeros, not garbage: a masked slot's value is multiplied by 0, which would not silence a NaN.
+
+        ``lazy`` is (W, D) of the ring, if keys and values may be left out and filled in later.
+        """
+        L, B, N = shape[:3]
         return cls(
             keys=torch.zeros(shape, dtype=dtype, device=device),
             values=torch.zeros(shape, dtype=dtype, device=device),
-            lengths=torch.zeros(shape[1], dtype=torch.int64, device=device),
+            lengths=torch.zeros(B, dtype=torch.int64, device=device),
+            inputs=None if lazy is None else torch.zeros(L, B, *lazy, dtype=dtype, device=device),
+            filled_to=None if lazy is None else torch.zeros(L, B, N, dtype=torch.int64, device=device),
         )
 
     def layer(self, i: int) -> "LayerKV":
         """The view ``[B, N, T, H]`` of layer ``i``."""
-        return LayerKV(self.keys[i], self.values[i])
+        if self.inputs is None or self.filled_to is None:
+            return LayerKV(self.keys[i], self.values[i])
+        return LayerKV(self.keys[i], self.values[i], self.inputs[i], self.filled_to[i])
 
     def prompt(self, num_queries: int) -> "Step":
         """The first ``num_queries`` positions of every sequence, into an empty cache."""
         positions = torch.arange(num_queries, device=self.lengths.device)
         return Step(positions.expand(len(self.lengths), -1))
 
-    def step(self, num_queries: int) -> "Step":
+    def begin(self, lengths: Tensor) -> None:
+        """The prompts are in: sequence b has ``lengths[b]`` positions, complete for every head."""
+        self.lengths.copy_(lengths)
+        self.forget_after_lengths(filled=True)
+
+    def forget_after_lengths(self, *, filled: bool = False) -> None:
+        """What lies past ``lengths`` is no longer counted as filled (and, if ``filled``, all before it is)."""
+        if self.filled_to is not None:
+            lengths = self.lengths[None, :, None].expand_as(self.filled_to)
+            self.filled_to.copy_(lengths if filled else torch.minimum(self.filled_to, lengths))
+
+    def step(self, num_queries: int, alive: Tensor | None = None) -> "Step":
         """The next ``num_queries`` positions of every sequence, which see all that came before them."""
         device = self.lengths.device
         positions = self.lengths[:, None] + torch.arange(num_queries, device=device)
@@ -49,6 +79,7 @@ class KVCache:
             positions,
             sequences=torch.arange(len(positions), device=device)[:, None],
             mask=slots <= positions[:, None, :, None],
+            alive=alive,
         )
 
 
@@ -57,21 +88,25 @@ class Step:
     """Where the queries of one forward pass stand; made once, read by every layer.
 
     ``positions [B, S]``; ``sequences [B, 1]``, their numbers; ``mask [B, 1, S, T]``, True where a query sees
-    a slot. Without a mask the cache is empty and the queries see each other causally: a shorter prompt's
-    padding comes after it, so that nothing of it is ever seen.
+    a slot; ``alive [B]``, 0 for finished sequences. Without a mask the cache is empty and the queries see
+    each other causally: a shorter prompt's padding comes after it, so that nothing of it is ever seen.
     """
 
     positions: Tensor
     sequences: Tensor | None = None
     mask: Tensor | None = None
+    alive: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer's keys and values, each ``[B, N, T, H]``."""
+    """One layer's keys and values, each ``[B, N, T, H]``; of a lazy cache ``inputs [B, W, D]`` and
+    ``filled_to [B, N]`` too."""
 
     keys: Tensor
     values: Tensor
+    inputs: Tensor | None = None
+    filled_to: Tensor | None = None
 
     def write(self, k: Tensor, v: Tensor, step: Step) -> None:
         """Puts ``k`` and ``v [B, S, N, H]`` into the slots of ``step``."""
@@ -79,6 +114,8 @@ class LayerKV:
             S = k.shape[1]
             self.keys[:, :, :S] = k.transpose(1, 2)
             self.values[:, :, :S] = v.transpose(1, 2)
-        else:
-            self.keys[step.sequences, :, step.positions] = k
-            self.values[step.sequences, :, step.positions] = v
+            return
+        self.keys[step.sequences, :, step.positions] = k
+        self.values[step.sequences, :, step.positions] = v
+        if self.filled_to is not None:
+            self.filled_to.copy_((step.positions[:, -1:] + 1).expand_as(self.filled_to))

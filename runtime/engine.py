@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
+from dejavu.predictors.selection import EVERYTHING, Policy, Selector
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import KVCache
 from dejavu.runtime.config import parse_dtype
@@ -18,9 +20,11 @@ from dejavu.runtime.loading import OnLoad, load_model
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.request import Request, Result
 from dejavu.runtime.sampling import NO_TOKEN, Sampler, SamplingParams
+from dejavu.runtime.sparsity import DENSE, load_policy
 from dejavu.runtime.text import TextStream
 
 OnText = Callable[[int, str], None]
+FillKV = Literal["lazy", "always"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,9 @@ class Generation:
     Times are the host's, from token to token as a user sees them. ``ttft_ms`` is the prefill up to the first
     token, the mean over batches; ``ms_per_token`` (mean, p50, p99) is a decode step of the whole batch, None
     if there was none. ``tokens_per_s`` counts the new tokens of all sequences over the whole time.
-    ``weight_bytes`` is what one rank reads of the weights in a step, ``gb_per_s`` that over the mean step.
+    ``weight_bytes`` is what one rank reads of the weights in a step (predictors included), ``gb_per_s`` that
+    over the mean step. ``density`` is the share of neurons and heads computed, the mean over decode steps,
+    layers and ranks; ``drift`` what re-checking found, None if nothing was re-checked.
     """
 
     results: list[Result]
@@ -41,9 +47,39 @@ class Generation:
     gb_per_s: float | None
     density: dict[str, float]
     policy: str
+    drift: dict[str, float] | None
     tp: int
     dtype: str
     device: str
+
+
+@dataclass(slots=True)
+class Drift:
+    """How far sparse steps were from the dense step of the same token and cache."""
+
+    checks: int = 0
+    tokens: Tensor | float = 0.0
+    kl: Tensor | float = 0.0
+    agree: Tensor | float = 0.0
+
+    def add(self, sparse: Tensor, dense: Tensor, alive: Tensor) -> None:
+        """Logits ``[B, V]`` of both, ``alive [B]``."""
+        p, q = dense.log_softmax(-1), sparse.log_softmax(-1)
+        self.checks += 1
+        self.tokens = self.tokens + alive.sum()
+        self.kl = self.kl + ((p.exp() * (p - q)).sum(-1) * alive).sum()
+        self.agree = self.agree + ((sparse.argmax(-1) == dense.argmax(-1)) * alive).sum()
+
+    def report(self) -> dict[str, float] | None:
+        """The mean over the tokens checked: KL(dense || sparse) in nats, share of equal top tokens."""
+        if not self.checks:
+            return None
+        tokens = max(float(self.tokens), 1.0)
+        return {
+            "checks": self.checks,
+            "kl": float(self.kl) / tokens,
+            "top1_agreement": float(self.agree) / tokens,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +100,27 @@ class Engine:
         model: the rank's share of the network, loaded.
         tokenizer: the Hugging Face tokenizer that belongs to it.
         tp: the group that shares the model.
+        fingerprint: of the model, by which predictors know it.
+        policy: what decode steps compute; None: everything. Prefill is always dense.
+        fill_kv: ``lazy``: keys and values of a head are computed when it is next chosen; ``always``: those
+            of all heads at every step.
     """
 
-    def __init__(self, model: OPTModel, tokenizer: Any, tp: TPGroup) -> None:
+    def __init__(
+        self,
+        model: OPTModel,
+        tokenizer: Any,
+        tp: TPGroup,
+        fingerprint: str,
+        policy: Policy | None = None,
+        fill_kv: FillKV = "lazy",
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.tp = tp
+        self.fingerprint = fingerprint
+        self.policy = policy
+        self.fill_kv: FillKV = fill_kv
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @classmethod
@@ -80,6 +131,9 @@ class Engine:
         tp: TPGroup | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        sparsity: str = DENSE,
+        density: float | None = None,
+        fill_kv: FillKV = "lazy",
         on_load: OnLoad | None = None,
     ) -> "Engine":
         """Loads this rank's slices of a model.
@@ -89,16 +143,20 @@ class Engine:
             tp: the group to share the model with; by default the ranks that torchrun started.
             dtype: ``fp16``, ``bf16``, ``fp32``; ``auto`` is the checkpoint's on CUDA and fp32 on the CPU.
             device: ``auto``, ``cpu`` or ``cuda``; goes unused if ``tp`` is given.
+            sparsity, density: see `load_policy`.
+            fill_kv: see `Engine`.
             on_load: called with (bytes that have come in, bytes of this rank's share), in ``dtype``.
 
         Raises:
-            ValueError: no such model, a damaged one, or one that these ranks cannot share.
+            ValueError: no such model, a damaged one, or one that these ranks cannot share; likewise of
+                predictors.
         """
         wanted = None if dtype == "auto" else parse_dtype(dtype)
         if tp is None:
             tp = init_tp(pick_device(device))
-        network, tokenizer = tp.agree(partial(load_model, model, tp, wanted, on_load))
-        return cls(network, tokenizer, tp)
+        network, tokenizer, fingerprint = tp.agree(partial(load_model, model, tp, wanted, on_load))
+        policy = tp.agree(lambda: load_policy(sparsity, network, fingerprint, density=density))
+        return cls(network, tokenizer, tp, fingerprint, policy, fill_kv)
 
     def generate(
         self,
@@ -106,6 +164,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  (frozen)
         *,
         max_batch: int = 16,
+        verify_every: int = 0,
         on_text: OnText | None = None,
     ) -> Generation:
         """Continues every prompt.
@@ -114,6 +173,8 @@ class Engine:
             prompts: any number, of any lengths; run in batches of at most ``max_batch``.
             params: one for each prompt, or one for all; then prompt ``i`` draws with ``seed + i``, so that
                 the same prompt twice gives two samples.
+            verify_every: every so many steps the dense step is computed too, and `Generation.drift` says how
+                far the sparse one was; 0: never.
             on_text: called with (prompt's index, new text) as soon as text is certain.
 
         Raises:
@@ -123,11 +184,17 @@ class Engine:
         requests = self._requests(prompts, params)
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} is less than 1")
+        if verify_every < 0 or (verify_every and self.policy is None):
+            raise ValueError(
+                f"verify_every={verify_every}: expected 0 or more, and a sparse policy to verify"
+            )
         ttft: list[float] = []
         steps: list[float] = []
+        drift = Drift()
         for start in range(0, len(requests), max_batch):
-            self._run(requests[start : start + max_batch], ttft, steps, on_text)
-        return self._generation(requests, ttft, steps)
+            batch = requests[start : start + max_batch]
+            self._run(batch, ttft, steps, on_text, verify_every, drift)
+        return self._generation(requests, ttft, steps, drift)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> DecodeState:
@@ -139,31 +206,44 @@ class Engine:
         for row, ids in zip(padded, prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         token_ids, lengths = padded.to(device), lengths.to(device)
-        cache = self.model.empty_cache(len(prompts), capacity)
+        lazy = self.fill_kv == "lazy" and self.policy is not None and self.policy.chooses("heads")
+        cache = self.model.empty_cache(len(prompts), capacity, lazy=lazy)
         sampler = Sampler.create(params, device)
         with nvtx_range("prefill"):
             step = cache.prompt(token_ids.shape[1])
             x = self.model(self.model.embed(token_ids, step.positions), cache, step)
             last = x[torch.arange(len(prompts), device=device), lengths - 1]
-            cache.lengths.copy_(lengths)
-            tokens = self._sample(last, sampler)
+            cache.begin(lengths)
+            tokens = self._draw(self.model.logits(last), sampler)
         return DecodeState(tokens=tokens, alive=torch.ones_like(tokens), cache=cache, sampler=sampler)
 
     @torch.inference_mode()
-    def decode_step(self, state: DecodeState) -> None:
-        """One more token for every sequence, in place; device tensors only, and nothing waits for the host.
+    def decode_step(self, state: DecodeState) -> Tensor:
+        """One more token for every sequence, in place; device tensors only. Returns the logits ``[B, V]``.
 
         A finished sequence does not advance: what it computes is overwritten by what it computes next.
         """
         with nvtx_range("decode"):
-            step = state.cache.step(1)
-            x = self.model(self.model.embed(state.tokens[:, None], step.positions), state.cache, step)
+            logits = self._step(state, self.policy or EVERYTHING)
             state.cache.lengths.add_(state.alive)
-            state.tokens.copy_(self._sample(x[:, -1], state.sampler))
+            state.tokens.copy_(self._draw(logits, state.sampler))
+        return logits
 
-    def _sample(self, x: Tensor, sampler: Sampler) -> Tensor:
-        """The model's output ``[B, D]`` to the next tokens ``[B]``."""
-        logits = self.model.logits(x)
+    @torch.inference_mode()
+    def dense_step(self, state: DecodeState) -> Tensor:
+        """The logits ``[B, V]`` that the next `decode_step` would have if it were dense; changes nothing."""
+        with nvtx_range("verify"):
+            logits = self._step(state, EVERYTHING)
+            state.cache.forget_after_lengths()
+        return logits
+
+    def _step(self, state: DecodeState, selector: Selector) -> Tensor:
+        step = state.cache.step(1, state.alive)
+        x = self.model(self.model.embed(state.tokens[:, None], step.positions), state.cache, step, selector)
+        return self.model.logits(x[:, -1])
+
+    def _draw(self, logits: Tensor, sampler: Sampler) -> Tensor:
+        """Logits ``[B, V]`` to the next tokens ``[B]``."""
         with nvtx_range("sample"):
             return sampler(logits)
 
@@ -212,7 +292,13 @@ class Engine:
 
     @torch.inference_mode()
     def _run(
-        self, batch: Sequence[Request], ttft: list[float], steps: list[float], on_text: OnText | None
+        self,
+        batch: Sequence[Request],
+        ttft: list[float],
+        steps: list[float],
+        on_text: OnText | None,
+        verify_every: int,
+        drift: Drift,
     ) -> None:
         """Prefills and decodes one batch to its last sequence's end; appends ms to ``ttft`` and ``steps``."""
         clock = time.perf_counter()
@@ -236,11 +322,18 @@ class Engine:
                         state.alive[i] = 0
             if all(request.finish_reason is not None for request in batch):
                 return
-            self.decode_step(state)
+            if verify_every and len(steps) % verify_every == 0:
+                dense = self.dense_step(state)
+                drift.add(self.decode_step(state), dense, state.alive)
+            else:
+                self.decode_step(state)
 
-    def _generation(self, requests: Sequence[Request], ttft: list[float], steps: list[float]) -> Generation:
+    def _generation(
+        self, requests: Sequence[Request], ttft: list[float], steps: list[float], drift: Drift
+    ) -> Generation:
         mean = float(np.mean(steps)) if steps else None
-        weight_bytes = self.model.decode_bytes()
+        density = self._density()
+        weight_bytes = self._weight_bytes(density)
         device = self.tp.device
         return Generation(
             results=[request.result() for request in requests],
@@ -255,9 +348,32 @@ class Engine:
             tokens_per_s=1e3 * sum(len(r.token_ids) for r in requests) / (sum(ttft) + sum(steps)),
             weight_bytes=weight_bytes,
             gb_per_s=None if mean is None else weight_bytes / mean / 1e6,
-            density={"mlp": 1.0, "heads": 1.0},
-            policy="dense",
+            density=density,
+            policy=DENSE if self.policy is None else self.policy.name,
+            drift=drift.report(),
             tp=self.tp.size,
             dtype=self.dtype,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         )
+
+    def _density(self) -> dict[str, float]:
+        """What decode steps computed since the last call, the mean over ranks."""
+        if self.policy is None:
+            return {"mlp": 1.0, "heads": 1.0}
+        local = torch.cat([self.policy.density("mlp"), self.policy.density("heads")]).to(self.tp.device)
+        mlp, heads = (all_reduce(local, self.tp) / self.tp.size).tolist()
+        return {"mlp": mlp, "heads": heads}
+
+    def _weight_bytes(self, density: dict[str, float]) -> int:
+        """Bytes of weights that a decode step reads on this rank, predictors and what truth costs included."""
+        if self.policy is None:
+            return self.model.decode_bytes()
+        attention = sum(layer.self_attn.decode_bytes() for layer in self.model.layers)
+        mlp = sum(layer.mlp.decode_bytes() for layer in self.model.layers)
+        skipped = attention * (1 - density["heads"]) + mlp * (1 - density["mlp"])
+        truth = sum(
+            self.model.layers[layer].mlp.fc1.weight.data.nbytes
+            for (kind, layer), unit in self.policy.units.items()
+            if unit.sees_truth and kind == "mlp"
+        )
+        return int(self.model.decode_bytes() - skipped + self.policy.read_bytes() + truth)

@@ -10,7 +10,7 @@ from dejavu.parallel.groups import TPGroup
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.opt import OPTModel
-from dejavu.runtime.weights import Checkpoint, find_model
+from dejavu.runtime.weights import Checkpoint, find_model, fingerprint
 
 OnLoad = Callable[[int, int], None]
 
@@ -18,8 +18,8 @@ OnLoad = Callable[[int, int], None]
 @torch.no_grad()
 def load_model(
     model: str, tp: TPGroup, dtype: torch.dtype | None, on_load: OnLoad | None
-) -> tuple[OPTModel, Any]:
-    """This rank's share of the network, and the tokenizer. See `Engine.from_pretrained`.
+) -> tuple[OPTModel, Any, str]:
+    """This rank's share of the network, the tokenizer and the fingerprint. See `Engine.from_pretrained`.
 
     ``dtype`` None is the checkpoint's on CUDA and fp32 on the CPU.
     """
@@ -42,7 +42,7 @@ def load_model(
         checkpoint = Checkpoint(directory, on_read)
         network.to_empty(device=tp.device)
         network.load(checkpoint)
-    return network, tokenizer
+    return network, tokenizer, fingerprint(config, Checkpoint(directory))
 
 
 def _load_tokenizer(directory: Path) -> Any:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.kernels.sparse_attention import sparse_attention_reference
+from dejavu.kernels.sparse_attention import fill_kv_reference, sparse_attention_reference
 from dejavu.kernels.sparse_mlp import sparse_mlp_reference
 from dejavu.parallel.collectives import reduce_residual_norm
 from dejavu.parallel.groups import TPGroup
@@ -24,37 +24,42 @@ from dejavu.parallel.layers import (
     TensorReader,
     VocabParallelEmbedding,
 )
-from dejavu.predictors.selection import ActiveSet, Chosen
+from dejavu.predictors.selection import EVERYTHING, Choice, Chosen, Selector, Tap
 from dejavu.profiles.nvtx import nvtx_range
-from dejavu.runtime.cache import KVCache, LayerKV, Step
+from dejavu.runtime.cache import WINDOW, KVCache, LayerKV, Step
 from dejavu.runtime.config import OPTConfig
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over this rank's heads."""
 
-    def __init__(self, config: OPTConfig, *, tp: TPGroup) -> None:
+    def __init__(self, config: OPTConfig, index: int, *, tp: TPGroup) -> None:
         super().__init__()
         D = config.hidden_size
+        self.index = index
+        self.fill_name = f"layer.{index}/attention/fill"
         self.qkv_proj = QKVParallelLinear(D, config.num_heads, bias=config.enable_bias, tp=tp)
         self.out_proj = RowParallelLinear(D, D, bias=config.enable_bias, tp=tp)
 
     def forward(
-        self, x: Tensor, kv: LayerKV, step: Step, heads: Chosen | None = None, out: Tensor | None = None
+        self, x: Tensor, kv: LayerKV, step: Step, heads: Choice = None, out: Tensor | None = None
     ) -> Tensor:
-        """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``; appends to ``kv``.
+        """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``; appends to ``kv``."""
+        if isinstance(heads, Chosen):
+            return self._chosen_heads(x, kv, step, heads, out)
+        y = self.head_outputs(x, kv, step)
+        if heads is not None:
+            y = heads.apply(y)
+        partial: Tensor = self.out_proj(y.flatten(-2), out=out)
+        return partial
 
-        With ``heads`` (one query a sequence), keys and values are still computed for every head, so that
-        those of a head chosen later are complete.
-        """
+    def head_outputs(self, x: Tensor, kv: LayerKV, step: Step) -> Tensor:
+        """``x [B, S, D]`` to the output of every head ``[B, S, N, H]``, before out_proj."""
+        if kv.filled_to is not None and step.mask is not None:
+            everything = Chosen.from_mask(torch.ones_like(kv.filled_to, dtype=torch.bool))
+            self._fill(None, kv, step.positions[:, 0] - 1, everything)
         q, k, v = self.qkv_proj(x)
         kv.write(k, v, step)
-        if heads is not None:
-            assert step.mask is not None and x.shape[1] == 1, "heads are chosen when decoding only"
-            out_proj = self.out_proj.weight.value.unflatten(0, q.shape[-2:])
-            return sparse_attention_reference(
-                q, kv.keys, kv.values, step.mask, out_proj, heads.ids, heads.count, out=out
-            )
         if step.mask is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -62,8 +67,54 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, attn_mask=step.mask, is_causal=step.mask is None
         )
-        partial: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2), out=out)
-        return partial
+        return y.transpose(1, 2)
+
+    def _chosen_heads(self, x: Tensor, kv: LayerKV, step: Step, heads: Chosen, out: Tensor | None) -> Tensor:
+        """A decode step of the chosen heads; what they lack of ``kv`` is filled in first."""
+        assert step.mask is not None and x.shape[1] == 1, (
+            "heads are chosen when decoding, one query at a time"
+        )
+        positions, qkv, out_proj = step.positions[:, 0], self.qkv_proj, self.out_proj.weight.value
+        if kv.filled_to is None:
+            kv.write(*qkv.keys_values(x), step)
+        else:
+            self._fill(x[:, 0], kv, positions, heads)
+        mean = heads.mean
+        y = sparse_attention_reference(
+            x[:, 0],
+            qkv.weight.value,
+            qkv.bias,
+            kv.keys,
+            kv.values,
+            positions,
+            out_proj.unflatten(0, (qkv.weight.value.shape[0], -1)),
+            heads.ids,
+            heads.count,
+            None if mean is None else mean.output.to(x.dtype),
+            None if out is None else out[:, 0],
+        )
+        if mean is not None:
+            y += mean.projected
+        return y[:, None] if out is None else out
+
+    def _fill(self, x: Tensor | None, kv: LayerKV, positions: Tensor, heads: Chosen) -> None:
+        """Completes the keys and values of ``heads`` up to ``positions``; keeps ``x [B, D]`` for the others."""
+        assert kv.inputs is not None and kv.filled_to is not None
+        weight, bias = self.qkv_proj.weight.value, self.qkv_proj.bias
+        with nvtx_range(self.fill_name, "kv"):
+            fill_kv_reference(
+                x,
+                kv.inputs,
+                weight,
+                bias,
+                kv.keys,
+                kv.values,
+                kv.filled_to,
+                positions,
+                heads.ids,
+                heads.count,
+                self.index,
+            )
 
 
 class MLP(nn.Module):
@@ -75,15 +126,26 @@ class MLP(nn.Module):
         self.fc1 = ColumnParallelLinear(D, ffn_dim, bias=bias, tp=tp)
         self.fc2 = RowParallelLinear(ffn_dim, D, bias=bias, tp=tp)
 
-    def forward(self, x: Tensor, neurons: Chosen | None = None, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, neurons: Choice = None, out: Tensor | None = None) -> Tensor:
         """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``."""
-        if neurons is None:
-            partial: Tensor = self.fc2(F.relu(self.fc1(x)), out=out)
-            return partial
         fc1, fc2 = self.fc1, self.fc2
-        return sparse_mlp_reference(
-            x, fc1.weight.value, fc1.bias, fc2.weight.value, neurons.ids, neurons.count, out=out
-        )
+        if isinstance(neurons, Chosen):
+            return sparse_mlp_reference(
+                x, fc1.weight.value, fc1.bias, fc2.weight.value, neurons.ids, neurons.count, out=out
+            )
+        hidden = self.hidden(x)
+        if neurons is not None:
+            hidden = neurons.apply(hidden)
+        partial: Tensor = fc2(hidden, out=out)
+        return partial
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """``x [B, S, D]`` to the activation of every neuron ``[B, S, F]``."""
+        return F.relu(self.fc1(x))
+
+    def decode_bytes(self) -> int:
+        """Bytes of weights that a decode step of all neurons reads on this rank."""
+        return sum(p.nbytes for p in self.parameters())
 
 
 class DecoderLayer(nn.Module):
@@ -93,9 +155,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.name = f"layer.{index}"
         self.attention_name, self.mlp_name = f"{self.name}/attention", f"{self.name}/mlp"
+        self.index = index
+        self.attn_in, self.mlp_in = Tap("attn_in", index), Tap("mlp_in", index)
         self.tp = tp
         self.pre_norm = config.do_layer_norm_before
-        self.self_attn = Attention(config, tp=tp)
+        self.self_attn = Attention(config, index, tp=tp)
         self.self_attn_layer_norm = _layer_norm(config)
         self.mlp = MLP(config, tp=tp)
         self.final_layer_norm = _layer_norm(config)
@@ -107,16 +171,20 @@ class DecoderLayer(nn.Module):
         kv: LayerKV,
         step: Step,
         next_norm: LayerNorm | None,
-        active: ActiveSet,
+        selector: Selector,
     ) -> tuple[Tensor, Tensor]:
         """``residual`` and ``x [B, S, D]``, what attention reads of it, to the same two of the next layer."""
         mlp_norm = self.final_layer_norm if self.pre_norm else self.self_attn_layer_norm
         out = self.tp.buffer(x.shape, x.dtype)
         with nvtx_range(self.attention_name):
-            partial = self.self_attn(x, kv, step, active.heads, out)
-            residual, x = self.boundary(partial, residual, self.self_attn.out_proj.bias, mlp_norm)
+            selector.observe(self.attn_in, residual)
+            heads = selector.heads(self.index, lambda: self.self_attn.head_outputs(x, kv, step))
+            partial = self.self_attn(x, kv, step, heads, out)
+            residual, mlp_x = self.boundary(partial, residual, self.self_attn.out_proj.bias, mlp_norm)
         with nvtx_range(self.mlp_name):
-            partial = self.mlp(x, active.neurons, out)
+            selector.observe(self.mlp_in, residual)
+            neurons = selector.neurons(self.index, lambda: self.mlp.hidden(mlp_x))
+            partial = self.mlp(mlp_x, neurons, out)
             return self.boundary(partial, residual, self.mlp.fc2.bias, next_norm)
 
     def boundary(
@@ -182,18 +250,18 @@ class OPTModel(nn.Module):
             return hidden
 
     def forward(
-        self, residual: Tensor, cache: KVCache, step: Step, active: Sequence[ActiveSet] | None = None
+        self, residual: Tensor, cache: KVCache, step: Step, selector: Selector = EVERYTHING
     ) -> Tensor:
         """The residual stream ``[B, S, D]`` through this stage's layers; the last stage gives it normed.
 
-        ``cache`` and ``active`` (None: everything) hold this stage's layers only.
+        ``cache`` holds this stage's layers only; ``selector`` is asked by their numbers in the whole model.
         """
         pre_norm = self.config.do_layer_norm_before
         x = self.layers[0].self_attn_layer_norm(residual) if pre_norm else residual
+        selector.begin(step.positions, step.alive)
         for i, layer in enumerate(self.layers):
-            chosen = ActiveSet() if active is None else active[i]
             with nvtx_range(layer.name):
-                residual, x = layer(residual, x, cache.layer(i), step, self._norm_after(i), chosen)
+                residual, x = layer(residual, x, cache.layer(i), step, self._norm_after(i), selector)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -216,11 +284,13 @@ class OPTModel(nn.Module):
         if self.lm_head is not None:
             self.lm_head.load(reader, "lm_head")
 
-    def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache for ``batch`` sequences of at most ``length`` tokens in this stage's layers."""
+    def empty_cache(self, batch: int, length: int, *, lazy: bool = False) -> KVCache:
+        """A cache for ``batch`` sequences of at most ``length`` tokens in this stage's layers; ``lazy``:
+        one that may leave out the keys and values of heads that are not chosen."""
         config = self.config
         shape = (len(self.layers), batch, self.tp.divide(config.num_heads), length, config.head_dim)
-        return KVCache.empty(shape, self.dtype, self.tp.device)
+        ring = (WINDOW, config.hidden_size) if lazy else None
+        return KVCache.empty(shape, self.dtype, self.tp.device, ring)
 
     def decode_bytes(self) -> int:
         """Bytes of weights that one decode step reads on this rank: all but the tables it only looks up."""

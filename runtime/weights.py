@@ -1,8 +1,10 @@
 """Finds a Hugging Face checkpoint and reads slices of its tensors."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from dejavu.runtime.config import OPTConfig
 
 DEMO = "demo"
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,6 +53,20 @@ def _download(hub_id: str) -> Path:
     else:
         return directory
     raise ValueError(f"no such model: {hub_id!r} is not a directory, and {cause}")
+
+
+def fingerprint(config: OPTConfig, checkpoint: "Checkpoint") -> str:
+    """A hash of the architecture and of two rows of each layer's fc1: the same model in any dtype or sharding
+    that keeps its numbers has the same, another one has not.
+    """
+    shape = (config.ffn_dim, config.hidden_size)
+    sizes = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "dtype"}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    for layer in range(config.num_layers):
+        for row in (0, config.ffn_dim // 2):
+            values = checkpoint.read(f"model.decoder.layers.{layer}.fc1.weight", shape, slice(row, row + 1))
+            digest.update(values.float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Checkpoint:

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAF = "profiles.nvtx"
+LEAF = ("profiles.nvtx", "profiles.records")
 # what each folder may import of ours (DESIGN 1), as prefixes of the names after "dejavu."
+DECODING = ("predictors.selection", "predictors.networks", "predictors.files")
 MAY_IMPORT = {
-    "kernels": (LEAF, "kernels"),
-    "parallel": (LEAF, "parallel"),
-    "predictors/selection.py": (LEAF, "kernels", "parallel", "predictors.selection"),
-    "runtime": (LEAF, "kernels", "parallel", "predictors.selection", "runtime"),
-    "profiles/nvtx.py": (),
-    "profiles": (LEAF, "profiles", "kernels", "parallel", "predictors", "runtime"),
-    "predictors": (LEAF, "profiles", "kernels", "parallel", "predictors", "runtime"),
+    "kernels": (*LEAF, "kernels"),
+    "parallel": (*LEAF, "parallel"),
+    **{f"{name.replace('.', '/')}.py": (*LEAF, "kernels", "parallel", *DECODING) for name in DECODING},
+    "runtime": (*LEAF, "kernels", "parallel", *DECODING, "runtime"),
+    **{f"{name.replace('.', '/')}.py": () for name in LEAF},
+    "profiles": (*LEAF, "profiles", "kernels", "parallel", "predictors", "runtime"),
+    "predictors": (*LEAF, "profiles", "kernels", "parallel", "predictors", "runtime"),
     "launch": ("",),
 }
 SOURCES = sorted(

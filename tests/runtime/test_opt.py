@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dejavu.parallel.groups import TPGroup
-from dejavu.predictors.selection import ActiveSet, Chosen
+from dejavu.predictors.selection import EVERYTHING, ActiveSet, Chosen, Fixed
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.weights import Checkpoint
@@ -32,7 +32,7 @@ def token_ids(n=S + STEPS, batch=B):
 
 
 @torch.inference_mode()
-def forced_logits(model, ids, active=None, prompt=S, width=1):
+def forced_logits(model, ids, selector=EVERYTHING, prompt=S, width=1):
     """Logits after every position from ``prompt - 1`` on, decoding ``width`` given tokens a step."""
     cache = model.empty_cache(len(ids), ids.shape[1])
     step = cache.prompt(prompt)
@@ -40,7 +40,7 @@ def forced_logits(model, ids, active=None, prompt=S, width=1):
     cache.lengths.fill_(prompt)
     for t in range(prompt, ids.shape[1], width):
         step = cache.step(width)
-        x = model(model.embed(ids[:, t : t + width], step.positions), cache, step, active)
+        x = model(model.embed(ids[:, t : t + width], step.positions), cache, step, selector)
         cache.lengths.add_(width)
         logits.append(model.logits(x))
     return torch.cat(logits, dim=1)
@@ -85,7 +85,7 @@ def everything(model):
 
 def dense_and_everything(tp, directory):
     model = load(directory, tp)
-    return forced_logits(model, token_ids()), forced_logits(model, token_ids(), everything(model))
+    return forced_logits(model, token_ids()), forced_logits(model, token_ids(), Fixed(everything(model)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -113,7 +113,7 @@ def chosen_logits(tp, directory):
         )
         for n, h in zip(neurons, heads, strict=True)
     ]
-    return forced_logits(model, token_ids(), active)
+    return forced_logits(model, token_ids(), Fixed(active))
 
 
 def masked_logits(directory):

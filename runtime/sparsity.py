@@ -1,0 +1,175 @@
+"""From what a user asks for (``dense``, ``lossless``, a directory of predictors) to what the model is asked."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dejavu.predictors.files import (
+    Entry,
+    Manifest,
+    OperatingPoint,
+    PredictorTensors,
+    read_manifest,
+)
+from dejavu.predictors.networks import HeadContribution, NeuronContribution
+from dejavu.predictors.selection import HeadMean, Kind, Policy, Sharing, Tap, Unit
+from dejavu.runtime.opt import OPTModel
+
+DENSE, LOSSLESS = "dense", "lossless"
+
+
+def load_policy(
+    spec: str,
+    model: OPTModel,
+    fingerprint: str,
+    *,
+    density: float | None = None,
+    sharing: Sharing = "union",
+) -> Policy | None:
+    """The policy that ``spec`` names; None for ``dense``.
+
+    Args:
+        spec: ``dense``; ``lossless``: fc1 in full, then only the rows of fc2 whose neuron is live; or a
+            directory of calibrated predictors.
+        density: the mean MLP density to move to, between the calibrated points (without predictors of the
+            MLP: the mean head density); None is the default point.
+        sharing: see `Policy`.
+
+    Raises:
+        ValueError: no such directory, of another model, damaged, not calibrated, or ``density`` outside the
+            calibrated points.
+    """
+    if spec in (DENSE, LOSSLESS):
+        if density is not None:
+            raise ValueError(f"density={density} belongs to predictors; {spec} has none")
+        return None if spec == DENSE else _lossless(model, sharing)
+    directory = Path(spec).expanduser()
+    if not directory.is_dir():
+        raise ValueError(f"sparsity={spec!r} is neither dense, lossless nor a directory of predictors")
+    manifest = read_manifest(directory)
+    check_model(manifest, model, fingerprint, directory)
+    if manifest.default is None:
+        raise ValueError(f"{directory} is not calibrated: run dejavu calibrate on it first")
+    point = manifest.points[manifest.default] if density is None else at_density(manifest, density, directory)
+    return build_policy(directory, manifest, point, model, sharing=sharing)
+
+
+def check_model(manifest: Manifest, model: OPTModel, fingerprint: str, directory: Path) -> None:
+    """Whether predictors belong to a model.
+
+    Raises:
+        ValueError: they don't.
+    """
+    for name in ("num_layers", "hidden_size", "ffn_dim", "num_heads"):
+        theirs, ours = getattr(manifest.model, name), getattr(model.config, name)
+        if theirs != ours:
+            raise ValueError(f"{directory} is of another model: {name} is {theirs} there and {ours} here")
+    if manifest.model.fingerprint != fingerprint:
+        raise ValueError(
+            f"{directory} is of another model: fingerprint {manifest.model.fingerprint}, expected {fingerprint}"
+        )
+
+
+def build_policy(
+    directory: Path,
+    manifest: Manifest,
+    point: OperatingPoint,
+    model: OPTModel,
+    *,
+    sharing: Sharing,
+) -> Policy:
+    """The policy of a directory at one operating point; what the point has no threshold for is dense."""
+    tensors = PredictorTensors(directory, manifest.model, model.tp)
+    wide = torch.promote_types(model.dtype, torch.float32)
+
+    def unit(entry: Entry, key: str) -> Unit | None:
+        threshold = point.thresholds.get(key, [None] * (entry.layer + 1))[entry.layer]  # type: ignore[call-overload]
+        if entry.dense or threshold is None:
+            return None
+        mean = tensors.head_mean(entry.layer) if entry.kind == "heads" else None
+        scorer = tensors.scorer(entry, lambda kind, layer: contribution(model, kind, layer, mean))
+        return Unit(
+            kind=entry.kind,
+            layer=entry.layer,
+            tap=None if entry.tap is None else Tap.parse(entry.tap),
+            scorer=scorer.to(device=model.tp.device).to(wide)
+            if entry.method != "random"
+            else scorer.to(model.tp.device),
+            sees_truth=entry.method == "oracle",
+            threshold=threshold,
+            mean=None if mean is None else _head_mean(model, entry.layer, mean),
+            refine=None if entry.refine is None else unit(entry.refine, "refine"),
+        )
+
+    units = [unit(entry, entry.kind) for entry in manifest.entries]
+    return Policy(
+        [u for u in units if u is not None], model.config.num_layers, name=manifest.method, sharing=sharing
+    )
+
+
+def contribution(model: OPTModel, kind: Kind, layer: int, mean: Tensor | None = None) -> nn.Module:
+    """What tells how much each neuron or head of a layer adds to the residual stream, from its output."""
+    decoder = model.layers[layer - model.layer_range.start]
+    wide = torch.promote_types(model.dtype, torch.float32)
+    if kind == "mlp":
+        return NeuronContribution(decoder.mlp.fc2.weight.value.to(wide).norm(dim=-1))
+    mean = None if mean is None else mean.to(model.tp.device, wide)
+    return HeadContribution(_out_proj(model, layer).to(wide), mean)
+
+
+def at_density(manifest: Manifest, density: float, directory: Path) -> OperatingPoint:
+    """The point at a density between two calibrated ones; what is dense in one of them is dense.
+
+    Raises:
+        ValueError: the density is outside what was calibrated.
+    """
+    kind = "mlp" if manifest.of("mlp") else "heads"
+    points = sorted(manifest.points, key=lambda p: _density(p, kind))
+    low, high = _density(points[0], kind), _density(points[-1], kind)
+    if not low <= density <= high:
+        raise ValueError(
+            f"density={density} is outside the calibrated range of {directory}, {low:.4f} to {high:.4f}"
+        )
+    upper = next(i for i, p in enumerate(points) if density <= _density(p, kind))
+    a, b = points[max(upper - 1, 0)], points[upper]
+    width = _density(b, kind) - _density(a, kind)
+    t = (density - _density(a, kind)) / width if width else 1.0
+
+    def between(x: float | None, y: float | None) -> float | None:
+        return None if x is None or y is None else x + t * (y - x)
+
+    return OperatingPoint(
+        thresholds={
+            k: [between(x, y) for x, y in zip(a.thresholds[k], b.thresholds[k], strict=True)]
+            for k in a.thresholds
+        },
+        mlp_density=a.mlp_density + t * (b.mlp_density - a.mlp_density),
+        head_density=a.head_density + t * (b.head_density - a.head_density),
+        ppl_increase=a.ppl_increase + t * (b.ppl_increase - a.ppl_increase),
+        kl=a.kl + t * (b.kl - a.kl),
+    )
+
+
+def _density(point: OperatingPoint, kind: Kind) -> float:
+    return point.mlp_density if kind == "mlp" else point.head_density
+
+
+def _lossless(model: OPTModel, sharing: Sharing) -> Policy:
+    """The oracle at threshold 0: a neuron that is not live adds nothing, so nothing is lost."""
+    units = [
+        Unit("mlp", layer, None, contribution(model, "mlp", layer), sees_truth=True)
+        for layer in model.layer_range
+    ]
+    return Policy(units, model.config.num_layers, name=LOSSLESS, sharing=sharing)
+
+
+def _out_proj(model: OPTModel, layer: int) -> Tensor:
+    weight = model.layers[layer - model.layer_range.start].self_attn.out_proj.weight.value
+    return weight.unflatten(0, (-1, model.config.head_dim))  # [N, H, D]
+
+
+def _head_mean(model: OPTModel, layer: int, mean: Tensor) -> HeadMean:
+    out_proj = _out_proj(model, layer)
+    mean = mean.to(out_proj)
+    return HeadMean(mean, torch.einsum("nh,nhd->d", mean, out_proj))
