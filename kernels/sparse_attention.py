@@ -31,7 +31,7 @@ def fill_kv_reference(
     layer: int,
 ) -> None:
     """Keeps ``x`` in the ring; completes the keys and values of the chosen heads up to ``positions``, and of
-    those that have waited ``W - (head + layer) % SPREAD`` positions.
+    those that lack ``W - (head + layer) % SPREAD`` of them.
 
     Args:
         x: ``[B, D]``, the block's input; None: the ring holds all that is needed.
@@ -48,7 +48,7 @@ def fill_kv_reference(
     if x is not None:
         inputs[torch.arange(B, device=device), positions % W] = x
     heads = torch.arange(N, device=device)
-    overdue = positions[:, None] - filled_to >= W - (heads + layer) % SPREAD
+    overdue = positions[:, None] + 1 - filled_to >= W - (heads + layer) % SPREAD  # the ring holds W
     n, b = (overdue | _chosen_mask(ids, count, N)).T.nonzero(as_tuple=True)  # [P], by head
     missing = (positions[b] + 1 - filled_to[b, n]).clamp(min=0)
     pair = torch.repeat_interleave(missing)  # one entry a key, naming its pair
@@ -81,7 +81,7 @@ def sparse_attention_reference(
     mean: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Queries, decode attention and output projection of each sequence's chosen heads; the others add nothing.
+    """Queries, decode attention and output projection of each sequence's chosen heads; others add nothing.
 
     Args:
         x: ``[B, D]``, the block's input.

@@ -3,32 +3,29 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch.distributed as dist
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from dejavu.launch.options import NVTX, Device, DType, Model, load_engine, print_line, stderr
+from dejavu.launch.pipeline import COMMANDS
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
-from dejavu.profiles import nvtx
-from dejavu.runtime.engine import Engine, Generation
-from dejavu.runtime.loading import OnLoad
+from dejavu.runtime.engine import Engine, FillKV, Generation
 from dejavu.runtime.sampling import SamplingParams
+from dejavu.runtime.sparsity import DENSE
 from dejavu.runtime.weights import DEMO
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
-Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]
-DType = Annotated[str, typer.Option(help="fp16, bf16, fp32; auto: the model's on CUDA, fp32 on the CPU.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-NVTX = Annotated[bool, typer.Option("--nvtx", help="Emit NVTX ranges (also: DEJAVU_NVTX=1).")]
+Sparsity = Annotated[str, typer.Option(help="dense, lossless, or a directory of calibrated predictors.")]
 
 
 @app.callback()
@@ -57,6 +54,16 @@ def generate(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="The most prompts that run together.")] = 16,
+    sparsity: Sparsity = DENSE,
+    density: Annotated[
+        float | None, typer.Option(help="Mean MLP density, between the calibrated points.")
+    ] = None,
+    fill_kv: Annotated[
+        str, typer.Option(help="K/V of heads not chosen: lazy (when next chosen) or always (all, each step).")
+    ] = "lazy",
+    verify_every: Annotated[
+        int, typer.Option(min=0, help="Re-check every so many steps densely and report the drift; 0: never.")
+    ] = 0,
     dtype: DType = "auto",
     device: Device = "auto",
     nvtx_ranges: NVTX = False,
@@ -75,16 +82,26 @@ def generate(
     if stdin and as_json:
         raise ValueError("--stdin answers in JSON lines by itself: give it without --json")
     prompts = _prompts(prompt, prompt_file, stdin)
-    engine = _load_engine(model, dtype, device, nvtx_ranges)
+    if fill_kv not in get_args(FillKV):
+        raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {' or '.join(get_args(FillKV))}")
+    engine = load_engine(
+        model,
+        dtype,
+        device,
+        nvtx_ranges,
+        sparsity=sparsity,
+        density=density,
+        fill_kv=fill_kv,  # type: ignore[arg-type]  # one of the two
+    )
     if stdin:
-        answer_stream(engine, sys.stdin.buffer, _print_line, defaults=params, max_batch=max_batch)
+        answer_stream(engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch)
         return
     if len(prompts) == 1 and not as_json:
-        generation = _generate_aloud(engine, prompts[0], params)
+        generation = _generate_aloud(engine, prompts[0], params, verify_every)
     else:
-        generation = engine.generate(prompts, params, max_batch=max_batch)
+        generation = engine.generate(prompts, params, max_batch=max_batch, verify_every=verify_every)
         if as_json:
-            _print_line(json.dumps(asdict(generation)))
+            print_line(json.dumps(asdict(generation)))
             return
         _print_results(generation)
     _print_summary(generation)
@@ -93,7 +110,7 @@ def generate(
 @app.command()
 def demo(dtype: DType = "auto", device: Device = "auto", nvtx_ranges: NVTX = False) -> None:
     """Stream text from the embedded model (`make demo` runs this on two ranks)."""
-    engine = _load_engine(DEMO, dtype, device, nvtx_ranges)
+    engine = load_engine(DEMO, dtype, device, nvtx_ranges)
     params = SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1)
     for prompt in ("It was a dark and stormy night", "The old man looked at the sea"):
         _print_summary(_generate_aloud(engine, prompt, params))
@@ -133,35 +150,7 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None, stdin: bool) ->
     return prompts
 
 
-def _load_engine(model: str, dtype: str, device: str, nvtx_ranges: bool) -> Engine:
-    if nvtx_ranges:
-        nvtx.enable()
-    with _load_progress() as on_load:
-        return Engine.from_pretrained(model, dtype=dtype, device=device, on_load=on_load)
-
-
-@contextmanager
-def _load_progress() -> Iterator[OnLoad | None]:
-    """A bar on a terminal's standard error, on rank 0; nothing elsewhere."""
-    console = _stderr()
-    if console.quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=None)  # not known before the config is read
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False, quiet=global_rank() != 0)
-
-
-def _print_line(line: str) -> None:
-    print(line, flush=True)
-
-
-def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams) -> Generation:
+def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams, verify_every: int = 0) -> Generation:
     """Prints the prompt and its text as it comes; a prompt that is refused is not echoed."""
     unsaid = [prompt]
 
@@ -169,7 +158,7 @@ def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams) -> Gene
         print(*unsaid, text, sep="", end="", flush=True)
         unsaid.clear()
 
-    generation = engine.generate([prompt], params, on_text=on_text)
+    generation = engine.generate([prompt], params, verify_every=verify_every, on_text=on_text)
     print(*unsaid)
     return generation
 
@@ -190,8 +179,20 @@ def _print_summary(generation: Generation) -> None:
         parts.append(
             f"{generation.weight_bytes / 1e6:.1f} MB of weights a step, {generation.gb_per_s:.1f} GB/s"
         )
+    if generation.policy != DENSE:
+        density = generation.density
+        parts.append(
+            f"{generation.policy}: {100 * density['mlp']:.1f}% of neurons, "
+            f"{100 * density['heads']:.1f}% of heads"
+        )
+    if generation.drift is not None:
+        drift = generation.drift
+        parts.append(
+            f"drift over {drift['checks']} checks: KL {drift['kl']:.4f}, "
+            f"top-1 {100 * drift['top1_agreement']:.1f}%"
+        )
     where = f"{generation.tp} rank(s) of {generation.device}, {generation.dtype}"
-    _stderr().print(f"[dim]{' | '.join(parts)} | {where}[/dim]", soft_wrap=True)
+    stderr().print(f"[dim]{' | '.join(parts)} | {where}[/dim]", soft_wrap=True)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Shape legend: n windows, S tokens of a window.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ DOCUMENT_END = "<|endoftext|>"
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """``windows int64[n, S + 1]``: each begins with the token that begins a prompt, then come S of the text."""
+    """``windows int64[n, S + 1]``: the token that begins prompts, then S tokens of the text."""
 
     windows: Tensor
     file: str
@@ -53,7 +54,8 @@ class Corpus:
             if source.sha256 == self.sha256 and source.start < self.stop and self.start < source.stop:
                 raise ValueError(
                     f"{self.file}, characters {self.start} to {self.stop}: {what} has used characters "
-                    f"{source.start} to {source.stop} of this text to {source.use}; take another text or --part"
+                    f"{source.start} to {source.stop} of this text to {source.use}; "
+                    "take another text or --part"
                 )
 
 
@@ -67,30 +69,33 @@ def read_corpus(
         tokenizer: puts its first token before every document and, here, before every window.
         window: S.
         part: ``i/n``, the i-th of n equal parts of the characters.
-        max_tokens: use no more windows than hold so many.
+        max_tokens: use no more windows than hold so many, spread evenly over the text.
 
     Raises:
         ValueError: the file can't be read, is empty or too short for a window, or ``part`` is none.
     """
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise ValueError(f"cannot read {path}: {reason}") from None
     start, stop = _bounds(part, len(text))
     if not text[start:stop].strip():
         raise ValueError(f"{path} is empty" if part == "1/1" else f"part {part} of {path} is empty")
-    documents = [d.strip() for d in text[start:stop].split(f"{DOCUMENT_END}\n")]
+    documents = re.split(rf"^{re.escape(DOCUMENT_END)}$", text[start:stop], flags=re.MULTILINE)
     ids: list[int] = []
-    for document in filter(None, documents):
-        ids += tokenizer(document.removesuffix(DOCUMENT_END), verbose=False).input_ids
-    wanted = len(ids) if max_tokens is None else min(max_tokens, len(ids))
-    n = wanted // window
+    for document in filter(None, map(str.strip, documents)):
+        ids += tokenizer(document, verbose=False).input_ids
+    n = len(ids) // window
     if n == 0:
-        raise ValueError(f"{path} is too short: {wanted} tokens, and a window has {window}")
+        raise ValueError(f"{path} is too short: {len(ids)} tokens, and a window has {window}")
     stream = torch.tensor(ids[: n * window]).view(n, window)
-    first = torch.full((n, 1), ids[0])
+    if max_tokens is not None and max_tokens < n * window:
+        if max_tokens < window:
+            raise ValueError(f"tokens={max_tokens} is less than the {window} of a window")
+        stream = stream[torch.arange(max_tokens // window) * n // (max_tokens // window)]
+    first = torch.full((len(stream), 1), ids[0])
     digest = hashlib.sha256(data).hexdigest()
     return Corpus(torch.cat([first, stream], dim=1), path.name, digest, start, stop)
 

@@ -22,9 +22,12 @@ from dejavu.predictors.networks import GROUP, LowRank, Random, Rows, SimHash, St
 from dejavu.predictors.selection import KINDS, Kind, Tap
 from dejavu.profiles.records import write_file
 
-FORMAT = 1
 MANIFEST, TENSORS = "manifest.json", "predictors.safetensors"
 Method = Literal["predicted", "svd", "sign", "lsh", "quantized", "static", "random", "oracle"]
+
+
+Key = Literal["mlp", "heads", "refine"]
+Bits = Literal[2, 3, 4, 8, 16]
 
 
 class _Strict(BaseModel):
@@ -54,7 +57,7 @@ class Entry(_Strict):
     method: Method = "predicted"
     tap: str | None = None
     rank: int | None = Field(default=None, ge=1)
-    bits: Literal[2, 3, 4, 8, 16] = 16
+    bits: Bits = 16
     relu: bool = False
     seed: int = 0
     refine: "Entry | None" = None
@@ -65,7 +68,7 @@ class Entry(_Strict):
         return f"{self.kind}.{self.layer}"
 
     def read_bytes(self, model: ModelIdentity) -> float:
-        """What one token reads of the predictor, over all ranks together (each rank reads the first layer)."""
+        """What one token reads of the predictor (with one rank; with more, each reads the first layer)."""
         D, n = model.hidden_size, model.size(self.kind)
         if self.dense or self.method in ("static", "random", "oracle"):
             return 0.0
@@ -90,7 +93,7 @@ class OperatingPoint(_Strict):
     ``refine`` are the thresholds of the second stages. Densities are means over tokens and layers.
     """
 
-    thresholds: dict[Literal["mlp", "heads", "refine"], list[float | None]]
+    thresholds: dict[Key, list[float | None]]
     mlp_density: float = Field(ge=0, le=1)
     head_density: float = Field(ge=0, le=1)
     ppl_increase: float
@@ -111,7 +114,7 @@ class Source(_Strict):
 class Manifest(_Strict):
     """All of ``manifest.json``."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     model: ModelIdentity
     method: Method
     lookahead: str
@@ -162,9 +165,9 @@ def _check(manifest: Manifest, path: Path) -> None:
             if stage.tap is not None and not stage.dense:
                 check_tap(stage.kind, stage.layer, Tap.parse(stage.tap), path)
     for point in manifest.points:
-        for kind, thresholds in point.thresholds.items():
+        for key, thresholds in point.thresholds.items():
             if len(thresholds) != len(layers):
-                raise ValueError(f"{path}: {len(thresholds)} thresholds for {kind}, expected {len(layers)}")
+                raise ValueError(f"{path}: {len(thresholds)} thresholds for {key}, expected {len(layers)}")
     if manifest.default is not None and not 0 <= manifest.default < len(manifest.points):
         raise ValueError(f"{path}: default point {manifest.default} of {len(manifest.points)}")
 
@@ -222,11 +225,9 @@ class PredictorTensors:
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{self.path} is damaged or no safetensors file: {e}") from None
 
-    def scorer(self, entry: Entry, truth: Callable[[Kind, int], nn.Module]) -> nn.Module:
-        """The module of an entry with this rank's rows; the oracle's is ``truth(kind, layer)``."""
-        name, n, D = entry.name, self.model.size(entry.kind), self.model.hidden_size
-        if entry.refine is None and name + ".refine" in self._names:
-            raise ValueError(f"{self.path} has a second stage for {name}, the manifest has none")
+    def scorer(self, name: str, entry: Entry, truth: Callable[[], nn.Module]) -> nn.Module:
+        """The module of an entry with this rank's rows; the oracle's is the ``truth``."""
+        n, D = self.model.size(entry.kind), self.model.hidden_size
         match entry.method:
             case "predicted" | "svd":
                 r = entry.rank or 0
@@ -251,9 +252,10 @@ class PredictorTensors:
                 scorer = Static(self.tensor(f"{name}.scores", (n,)))
             case "random":
                 rows = self.tp.shard(n)
-                scorer = Random(torch.arange(rows.start, rows.stop), layer=entry.layer, seed=entry.seed)
+                salt = 2 * entry.layer + (entry.kind == "heads")
+                scorer = Random(torch.arange(rows.start, rows.stop), layer=salt, seed=entry.seed)
             case "oracle":
-                scorer = truth(entry.kind, entry.layer)
+                scorer = truth()
         return scorer
 
     def head_mean(self, layer: int) -> Tensor | None:
@@ -272,7 +274,7 @@ class PredictorTensors:
         return dequantise(codes, self.tensor(f"{name}.scales", (shape[0], groups), split=split))
 
     def tensor(self, name: str, shape: tuple[int, ...], *, split: bool = True) -> Tensor:
-        """A tensor of the global ``shape``, in fp32 unless it is of integers; this rank's rows if ``split``."""
+        """A tensor of the global ``shape``, in fp32; this rank's rows of it if ``split``."""
         if name not in self._names:
             raise ValueError(f"{self.path} has no tensor {name}, which its manifest needs")
         part = self._file.get_slice(name)

@@ -18,8 +18,10 @@ GROUP = 64
 
 
 class LowRank(nn.Module):
-    """``Linear(D, r) -> Linear(r, n)`` of the paper (section 4.1), with an output bias; ``relu`` in between by
-    option (heads: without it the rank would be bounded by their number)."""
+    """``Linear(D, r) -> Linear(r, n)`` of the paper (section 4.1), with an output bias.
+
+    ``relu`` in between is an option for heads: without it the rank is bounded by their number.
+    """
 
     def __init__(self, down: Tensor, up: Tensor, bias: Tensor, *, relu: bool = False) -> None:
         super().__init__()
@@ -72,7 +74,8 @@ class SimHash(nn.Module):
         """``z [B, S, D]`` to scores ``[B, S, n]``."""
         agreement = F.linear(F.linear(z, self.planes).sign(), self.codes) / len(self.planes)
         cosine = torch.sin(agreement * (math.pi / 2))  # cos(pi * separating share)
-        return cosine * self.norms * z.norm(dim=-1, keepdim=True) + self.bias
+        scores: Tensor = cosine * self.norms * z.norm(dim=-1, keepdim=True) + self.bias
+        return scores
 
 
 class Static(nn.Module):
@@ -99,7 +102,7 @@ class Random(nn.Module):
     def __init__(self, ids: Tensor, *, layer: int, seed: int) -> None:
         super().__init__()
         self.register_buffer("ids", ids)
-        self.salt = seed * 1_000_003 + layer
+        self.salt = (seed * 1_000_003 + layer) % 2**31
 
     def forward(self, positions: Tensor) -> Tensor:
         """``positions [B, S]`` to scores ``[B, S, n]``."""
@@ -158,9 +161,9 @@ def fold_norm(
 ) -> tuple[Tensor, Tensor]:
     """fc1 as a function of the standardised stream: weight ``[F, D]`` and bias ``[F]``.
 
-    Pre-norm: fc1 reads ``gain * z + shift``, so the two fold in exactly. Post-norm: it reads the stream itself,
-    which is some ``m + s z`` with a mean and a deviation of each token; they are replaced by those that the
-    norm's gain and bias give a typical token.
+    Pre-norm: fc1 reads ``gain * z + shift``, so the two fold in exactly. Post-norm: it reads the stream
+    itself, which is some ``m + s z`` with a mean and a deviation of each token; they are replaced by those
+    that the norm's gain and bias give a typical token.
     """
     D = fc1.shape[1]
     bias = fc1.new_zeros(len(fc1)) if bias is None else bias
@@ -173,8 +176,10 @@ def fold_norm(
 
 
 def low_rank_of(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The best rank-r ``(down [r, D], up [n, r])`` of ``weight [n, D]`` (SVD); with ``scale [D, D]``, the root
-    of the inputs' covariance, the best for those inputs."""
+    """The best rank-r ``(down [r, D], up [n, r])`` of ``weight [n, D]`` (SVD).
+
+    With ``scale [D, D]``, the root of the inputs' covariance, it is the best for those inputs.
+    """
     u, s, v = torch.linalg.svd(weight if scale is None else weight @ scale, full_matrices=False)
     root = s[:rank].sqrt()
     down = root[:, None] * v[:rank]
@@ -183,11 +188,11 @@ def low_rank_of(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple
     return down, u[:, :rank] * root
 
 
-def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor, bits: int, tries: int = 15) -> tuple[Tensor, Tensor]:
     """``weight [n, D]`` as codes ``int8[n, D]`` of ``bits`` bits and scales ``fp16[n, groups]``.
 
     Codes are symmetric, ``-(2**(bits-1) - 1)`` to its opposite (2 bits: three values). Each group's scale is
-    the one of several that leaves the smallest square error.
+    the one of ``tries`` that leaves the smallest square error.
     """
     n, D = weight.shape
     group = GROUP if D % GROUP == 0 else D
@@ -196,7 +201,7 @@ def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     peak = w.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
     best_error = torch.full_like(peak, torch.inf)
     best_scale = peak
-    for share in torch.linspace(1.0, 0.3, 15).tolist():
+    for share in torch.linspace(1.0, 0.3, tries).tolist():
         scale = (peak * share).half().float().clamp(min=2**-24)
         error = ((w / scale).round().clamp(-top, top) * scale - w).square().sum(-1, keepdim=True)
         better = error < best_error

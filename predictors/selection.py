@@ -4,7 +4,7 @@ A `Selector` is asked at every block of a step. It sees the residual stream at t
 ``mlp_in`` of each layer) before it is asked, and may look at the truth, that is compute what it selects from,
 which only the oracle, the lossless policy and the instruments do.
 
-Shape legend: B batch, S query length, D hidden, N local heads, H head dim, n local neurons or heads of a layer.
+Shape legend: B batch, S query length, D hidden, N local heads, H head dim, n local neurons or heads.
 """
 
 import re
@@ -113,7 +113,7 @@ class Selector:
         return None
 
     def neurons(self, layer: int, truth: Truth) -> Choice:
-        """The neurons of ``layer``'s MLP; ``truth()`` is the activation ``[B, S, F_local]`` of all of them."""
+        """The neurons of ``layer``'s MLP; ``truth()`` is the activation ``[B, S, F]`` of all of them."""
         return None
 
 
@@ -198,7 +198,7 @@ class Policy(Selector):
         self._scores: dict[int, Tensor] = {}
         self._positions = torch.empty(0)
         self._alive: Tensor | None = None
-        self._chosen: dict[tuple[Kind, int], list[Tensor]] = {}
+        self._chosen: dict[tuple[Kind, int], tuple[Tensor | int, Tensor | int]] = {}  # shares, rows
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
         self._positions, self._alive = positions, None if alive is None else alive.bool()
@@ -231,10 +231,9 @@ class Policy(Selector):
     def density(self, kind: Kind) -> Tensor:
         """The share of this rank's neurons or heads that was chosen since the last call: fp32[1], the mean
         over tokens and layers; 1 in layers without a unit."""
-        shares = [torch.stack(s).mean() for (k, _), s in self._chosen.items() if k == kind and s]
-        self._chosen = {key: s for key, s in self._chosen.items() if key[0] != kind}
-        dense = self.num_layers - len(shares)
-        return (sum(shares, torch.tensor(float(dense))) / self.num_layers).reshape(1).float()
+        shares = [t / torch.as_tensor(n).clamp(min=1) for (k, _), (t, n) in self._chosen.items() if k == kind]
+        self._chosen = {key: value for key, value in self._chosen.items() if key[0] != kind}
+        return (sum(shares, torch.tensor(float(self.num_layers - len(shares)))) / self.num_layers).reshape(1)
 
     def _choose(self, kind: Kind, layer: int, truth: Truth) -> Choice:
         unit = self.units.get((kind, layer))
@@ -253,21 +252,32 @@ class Policy(Selector):
             self.count(unit, mask, truth)
             return Chosen.from_mask(mask, unit.mean)
 
+    def scores(self, unit: Unit, truth: Truth) -> Tensor:
+        """The scores ``[B, S, n]`` of a unit whose tap has been passed."""
+        if unit.tap is None:
+            found: Tensor = unit.scorer(truth() if unit.sees_truth else self._positions)
+            return found
+        assert id(unit) in self._scores, f"{unit.kind} of layer {unit.layer} was asked before {unit.tap}"
+        return self._scores.pop(id(unit))
+
     def _mask(self, unit: Unit, truth: Truth) -> Tensor:
-        if unit.tap is not None:
-            assert id(unit) in self._scores, f"{unit.kind} of layer {unit.layer} was asked before {unit.tap}"
-            scores = self._scores.pop(id(unit))
-        else:
-            scores = unit.scorer(truth() if unit.sees_truth else self._positions)
-        mask = scores > unit.threshold
-        return mask if unit.refine is None else mask & self._mask(unit.refine, truth)
+        mask = self.scores(unit, truth) > unit.threshold
+        if unit.refine is None:
+            return mask
+        self.count_candidates(unit, mask)
+        return mask & self._mask(unit.refine, truth)
+
+    def count_candidates(self, unit: Unit, mask: Tensor) -> None:
+        """What the first of two stages let through."""
 
     def count(self, unit: Unit, mask: Tensor, truth: Truth) -> None:
         """Keeps account of what was chosen; what an instrument overrides to learn more."""
-        share = mask.float().mean()
+        rows = torch.tensor(mask[..., 0].numel(), device=mask.device)
         if mask.dim() > 1 and self._alive is not None:
-            share = share * len(self._alive) / self._alive.sum().clamp(min=1)
-        self._chosen.setdefault((unit.kind, unit.layer), []).append(share)
+            rows = self._alive.sum()
+        total, n = self._chosen.get((unit.kind, unit.layer), (0, 0))
+        chosen = mask.sum() / mask.shape[-1]
+        self._chosen[unit.kind, unit.layer] = total + chosen, n + rows
 
 
 def standardise(residual: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ _LOGITS_BYTES = {"cpu": 2**29, "cuda": 2**34}
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of every predicted token: ``loss`` in nats, ``kl`` from dense, ``top1``, whether the likeliest token is
+    """Of every predicted token: ``loss`` in nats, ``kl`` from dense, ``top1``, 1 where the likeliest token is
     dense's; fp32 ``[n, S - prefix]`` on the CPU. Columns are positions from ``prefix`` on."""
 
     loss: Tensor
@@ -42,7 +42,7 @@ class Scores:
         return math.expm1(mean), math.expm1(mean - half), math.expm1(mean + half)
 
     def in_context(self) -> float | None:
-        """Loss at token 50 minus loss at token 500 of each window, the mean over windows; None if too short."""
+        """Loss at token 50 minus that at token 500, the mean over windows; None if they are too short."""
         early, late = 49 - self.prefix, 499 - self.prefix
         if early < 0 or late >= self.loss.shape[1]:
             return None
@@ -116,9 +116,7 @@ def _decode(engine: Engine, batch: Tensor, dense: Tensor, prefix: int) -> Scores
         state.tokens.copy_(batch[:, i])
         logits = engine.decode_step(state)
         steps.append(_score(logits[:, None], dense[:, i - prefix, None], batch[:, i + 1, None], prefix))
-    return Scores(
-        *(torch.cat([getattr(s, name) for s in steps], dim=1) for name in ("loss", "kl", "top1")), prefix
-    )
+    return _join(steps, dim=1)
 
 
 def _score(logits: Tensor, dense: Tensor, targets: Tensor, prefix: int) -> Scores:
@@ -138,14 +136,17 @@ def _score(logits: Tensor, dense: Tensor, targets: Tensor, prefix: int) -> Score
     return Scores(loss, kl, top1, prefix)
 
 
-def _join(parts: Sequence[Scores]) -> Scores:
-    columns = (torch.cat([getattr(p, name) for p in parts]) for name in ("loss", "kl", "top1"))
-    return Scores(*columns, parts[0].prefix)
+def _join(parts: Sequence[Scores], dim: int = 0) -> Scores:
+    """Windows after windows (``dim`` 0) or positions after positions (1)."""
+    return Scores(
+        loss=torch.cat([part.loss for part in parts], dim),
+        kl=torch.cat([part.kl for part in parts], dim),
+        top1=torch.cat([part.top1 for part in parts], dim),
+        prefix=parts[0].prefix,
+    )
 
 
-def _batches(
-    engine: Engine, windows: Tensor, on_progress: OnProgress | None
-) -> Iterator[Tensor]:
+def _batches(engine: Engine, windows: Tensor, on_progress: OnProgress | None) -> Iterator[Tensor]:
     """Windows on the device, as many at a time as there is memory for."""
     config, device = engine.model.config, engine.tp.device
     per_window = 4 * config.vocab_size * (windows.shape[1] - 1)

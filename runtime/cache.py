@@ -65,7 +65,7 @@ class KVCache:
         self.forget_after_lengths(filled=True)
 
     def forget_after_lengths(self, *, filled: bool = False) -> None:
-        """What lies past ``lengths`` is no longer counted as filled (and, if ``filled``, all before it is)."""
+        """What lies past ``lengths`` no longer counts as filled (and, if ``filled``, all before it does)."""
         if self.filled_to is not None:
             lengths = self.lengths[None, :, None].expand_as(self.filled_to)
             self.filled_to.copy_(lengths if filled else torch.minimum(self.filled_to, lengths))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
-from dejavu.predictors.selection import EVERYTHING, Policy, Selector
+from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Policy, Selector
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import KVCache
 from dejavu.runtime.config import parse_dtype
@@ -22,6 +22,7 @@ from dejavu.runtime.request import Request, Result
 from dejavu.runtime.sampling import NO_TOKEN, Sampler, SamplingParams
 from dejavu.runtime.sparsity import DENSE, load_policy
 from dejavu.runtime.text import TextStream
+from dejavu.runtime.weights import find_model
 
 OnText = Callable[[int, str], None]
 FillKV = Literal["lazy", "always"]
@@ -114,6 +115,7 @@ class Engine:
         fingerprint: str,
         policy: Policy | None = None,
         fill_kv: FillKV = "lazy",
+        name: str = "",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -121,6 +123,7 @@ class Engine:
         self.fingerprint = fingerprint
         self.policy = policy
         self.fill_kv: FillKV = fill_kv
+        self.name = name
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @classmethod
@@ -156,7 +159,7 @@ class Engine:
             tp = init_tp(pick_device(device))
         network, tokenizer, fingerprint = tp.agree(partial(load_model, model, tp, wanted, on_load))
         policy = tp.agree(lambda: load_policy(sparsity, network, fingerprint, density=density))
-        return cls(network, tokenizer, tp, fingerprint, policy, fill_kv)
+        return cls(network, tokenizer, tp, fingerprint, policy, fill_kv, find_model(model).name)
 
     def generate(
         self,
@@ -356,16 +359,18 @@ class Engine:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         )
 
+    def mean_density(self, policy: Policy, kind: Kind) -> float:
+        """What a policy has chosen since it was last asked, the mean over tokens, layers and ranks."""
+        local = policy.density(kind).to(self.tp.device)
+        return float(all_reduce(local, self.tp)) / self.tp.size
+
     def _density(self) -> dict[str, float]:
-        """What decode steps computed since the last call, the mean over ranks."""
         if self.policy is None:
             return {"mlp": 1.0, "heads": 1.0}
-        local = torch.cat([self.policy.density("mlp"), self.policy.density("heads")]).to(self.tp.device)
-        mlp, heads = (all_reduce(local, self.tp) / self.tp.size).tolist()
-        return {"mlp": mlp, "heads": heads}
+        return {kind: self.mean_density(self.policy, kind) for kind in KINDS}
 
     def _weight_bytes(self, density: dict[str, float]) -> int:
-        """Bytes of weights that a decode step reads on this rank, predictors and what truth costs included."""
+        """Bytes of weights that a decode step reads on this rank, with those of choosing."""
         if self.policy is None:
             return self.model.decode_bytes()
         attention = sum(layer.self_attn.decode_bytes() for layer in self.model.layers)

@@ -69,6 +69,10 @@ class Attention(nn.Module):
         )
         return y.transpose(1, 2)
 
+    def decode_bytes(self) -> int:
+        """Bytes of weights that a decode step of all heads reads on this rank."""
+        return sum(p.nbytes for p in self.parameters())
+
     def _chosen_heads(self, x: Tensor, kv: LayerKV, step: Step, heads: Chosen, out: Tensor | None) -> Tensor:
         """A decode step of the chosen heads; what they lack of ``kv`` is filled in first."""
         assert step.mask is not None and x.shape[1] == 1, (
@@ -98,7 +102,7 @@ class Attention(nn.Module):
         return y[:, None] if out is None else out
 
     def _fill(self, x: Tensor | None, kv: LayerKV, positions: Tensor, heads: Chosen) -> None:
-        """Completes the keys and values of ``heads`` up to ``positions``; keeps ``x [B, D]`` for the others."""
+        """Completes keys and values of ``heads`` up to ``positions``; keeps ``x [B, D]`` for the others."""
         assert kv.inputs is not None and kv.filled_to is not None
         weight, bias = self.qkv_proj.weight.value, self.qkv_proj.bias
         with nvtx_range(self.fill_name, "kv"):

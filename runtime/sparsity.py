@@ -1,4 +1,4 @@
-"""From what a user asks for (``dense``, ``lossless``, a directory of predictors) to what the model is asked."""
+"""From what a user asks for (``dense``, ``lossless``, a directory) to what the model is asked."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dejavu.predictors.files import (
     Entry,
+    Key,
     Manifest,
     OperatingPoint,
     PredictorTensors,
@@ -26,6 +27,7 @@ def load_policy(
     *,
     density: float | None = None,
     sharing: Sharing = "union",
+    dense_until: int = 0,
 ) -> Policy | None:
     """The policy that ``spec`` names; None for ``dense``.
 
@@ -34,7 +36,7 @@ def load_policy(
             directory of calibrated predictors.
         density: the mean MLP density to move to, between the calibrated points (without predictors of the
             MLP: the mean head density); None is the default point.
-        sharing: see `Policy`.
+        sharing, dense_until: see `Policy`.
 
     Raises:
         ValueError: no such directory, of another model, damaged, not calibrated, or ``density`` outside the
@@ -43,7 +45,7 @@ def load_policy(
     if spec in (DENSE, LOSSLESS):
         if density is not None:
             raise ValueError(f"density={density} belongs to predictors; {spec} has none")
-        return None if spec == DENSE else _lossless(model, sharing)
+        return None if spec == DENSE else _lossless(model, sharing, dense_until)
     directory = Path(spec).expanduser()
     if not directory.is_dir():
         raise ValueError(f"sparsity={spec!r} is neither dense, lossless nor a directory of predictors")
@@ -52,7 +54,7 @@ def load_policy(
     if manifest.default is None:
         raise ValueError(f"{directory} is not calibrated: run dejavu calibrate on it first")
     point = manifest.points[manifest.default] if density is None else at_density(manifest, density, directory)
-    return build_policy(directory, manifest, point, model, sharing=sharing)
+    return build_policy(directory, manifest, point, model, sharing=sharing, dense_until=dense_until)
 
 
 def check_model(manifest: Manifest, model: OPTModel, fingerprint: str, directory: Path) -> None:
@@ -67,7 +69,8 @@ def check_model(manifest: Manifest, model: OPTModel, fingerprint: str, directory
             raise ValueError(f"{directory} is of another model: {name} is {theirs} there and {ours} here")
     if manifest.model.fingerprint != fingerprint:
         raise ValueError(
-            f"{directory} is of another model: fingerprint {manifest.model.fingerprint}, expected {fingerprint}"
+            f"{directory} is of another model: its fingerprint is {manifest.model.fingerprint}, "
+            f"this model's {fingerprint}"
         )
 
 
@@ -78,33 +81,37 @@ def build_policy(
     model: OPTModel,
     *,
     sharing: Sharing,
+    dense_until: int = 0,
 ) -> Policy:
     """The policy of a directory at one operating point; what the point has no threshold for is dense."""
     tensors = PredictorTensors(directory, manifest.model, model.tp)
     wide = torch.promote_types(model.dtype, torch.float32)
 
-    def unit(entry: Entry, key: str) -> Unit | None:
-        threshold = point.thresholds.get(key, [None] * (entry.layer + 1))[entry.layer]  # type: ignore[call-overload]
+    def unit(entry: Entry, key: Key, name: str) -> Unit | None:
+        threshold = point.thresholds[key][entry.layer] if key in point.thresholds else None
         if entry.dense or threshold is None:
             return None
-        mean = tensors.head_mean(entry.layer) if entry.kind == "heads" else None
-        scorer = tensors.scorer(entry, lambda kind, layer: contribution(model, kind, layer, mean))
+        layer = entry.layer
+        mean = tensors.head_mean(layer) if entry.kind == "heads" else None
+        scorer = tensors.scorer(name, entry, lambda: contribution(model, entry.kind, layer, mean))
         return Unit(
             kind=entry.kind,
-            layer=entry.layer,
+            layer=layer,
             tap=None if entry.tap is None else Tap.parse(entry.tap),
-            scorer=scorer.to(device=model.tp.device).to(wide)
-            if entry.method != "random"
-            else scorer.to(model.tp.device),
+            scorer=scorer.to(device=model.tp.device, dtype=wide),
             sees_truth=entry.method == "oracle",
             threshold=threshold,
-            mean=None if mean is None else _head_mean(model, entry.layer, mean),
-            refine=None if entry.refine is None else unit(entry.refine, "refine"),
+            mean=None if mean is None else _head_mean(model, layer, mean),
+            refine=None if entry.refine is None else unit(entry.refine, "refine", f"{name}.refine"),
         )
 
-    units = [unit(entry, entry.kind) for entry in manifest.entries]
+    units = [unit(entry, entry.kind, entry.name) for entry in manifest.entries]
     return Policy(
-        [u for u in units if u is not None], model.config.num_layers, name=manifest.method, sharing=sharing
+        [u for u in units if u is not None],
+        model.config.num_layers,
+        name=manifest.method,
+        sharing=sharing,
+        dense_until=dense_until,
     )
 
 
@@ -124,7 +131,7 @@ def at_density(manifest: Manifest, density: float, directory: Path) -> Operating
     Raises:
         ValueError: the density is outside what was calibrated.
     """
-    kind = "mlp" if manifest.of("mlp") else "heads"
+    kind: Kind = "mlp" if manifest.of("mlp") else "heads"
     points = sorted(manifest.points, key=lambda p: _density(p, kind))
     low, high = _density(points[0], kind), _density(points[-1], kind)
     if not low <= density <= high:
@@ -155,18 +162,19 @@ def _density(point: OperatingPoint, kind: Kind) -> float:
     return point.mlp_density if kind == "mlp" else point.head_density
 
 
-def _lossless(model: OPTModel, sharing: Sharing) -> Policy:
+def _lossless(model: OPTModel, sharing: Sharing, dense_until: int) -> Policy:
     """The oracle at threshold 0: a neuron that is not live adds nothing, so nothing is lost."""
     units = [
         Unit("mlp", layer, None, contribution(model, "mlp", layer), sees_truth=True)
         for layer in model.layer_range
     ]
-    return Policy(units, model.config.num_layers, name=LOSSLESS, sharing=sharing)
+    return Policy(units, model.config.num_layers, name=LOSSLESS, sharing=sharing, dense_until=dense_until)
 
 
 def _out_proj(model: OPTModel, layer: int) -> Tensor:
-    weight = model.layers[layer - model.layer_range.start].self_attn.out_proj.weight.value
-    return weight.unflatten(0, (-1, model.config.head_dim))  # [N, H, D]
+    weight: Tensor = model.layers[layer - model.layer_range.start].self_attn.out_proj.weight.value
+    out_proj: Tensor = weight.unflatten(0, (-1, model.config.head_dim))  # [N, H, D]
+    return out_proj
 
 
 def _head_mean(model: OPTModel, layer: int, mean: Tensor) -> HeadMean:

@@ -1,0 +1,99 @@
+"""What the commands share: options, progress, output of rank 0."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from dejavu.parallel.groups import global_rank
+from dejavu.profiles import nvtx
+from dejavu.runtime.engine import Engine, FillKV
+from dejavu.runtime.loading import OnLoad
+
+Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]
+DType = Annotated[str, typer.Option(help="fp16, bf16, fp32; auto: the model's on CUDA, fp32 on the CPU.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+NVTX = Annotated[bool, typer.Option("--nvtx", help="Emit NVTX ranges (also: DEJAVU_NVTX=1).")]
+
+
+def load_engine(
+    model: str,
+    dtype: str,
+    device: str,
+    nvtx_ranges: bool = False,
+    *,
+    sparsity: str = "dense",
+    density: float | None = None,
+    fill_kv: FillKV = "lazy",
+) -> Engine:
+    """The engine, with a bar while it loads."""
+    if nvtx_ranges:
+        nvtx.enable()
+    with _load_progress() as on_load:
+        return Engine.from_pretrained(
+            model,
+            dtype=dtype,
+            device=device,
+            sparsity=sparsity,
+            density=density,
+            fill_kv=fill_kv,
+            on_load=on_load,
+        )
+
+
+@contextmanager
+def _load_progress() -> Iterator[OnLoad | None]:
+    """A bar on a terminal's standard error, on rank 0; nothing elsewhere."""
+    console = stderr()
+    if console.quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("loading", total=None)  # not known before the config is read
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[..., None] | None]:
+    """A bar for ``(done, total)`` or ``(stage, done, total)``, as `_load_progress`."""
+    console = stderr()
+    if console.quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def on_progress(*state: str | int) -> None:
+            *stage, done, total = state
+            name = str(stage[0]) if stage else what
+            progress.update(task, description=name, completed=float(done), total=float(total))
+
+        yield on_progress
+
+
+def stderr() -> Console:
+    """Standard error of rank 0; the other ranks are silent."""
+    return Console(stderr=True, highlight=False, quiet=global_rank() != 0)
+
+
+def print_line(line: str) -> None:
+    """A line of standard output, out at once."""
+    print(line, flush=True)

@@ -1,0 +1,263 @@
+"""Taps, sets, and what a policy makes of scores."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dejavu.predictors.networks import Static
+from dejavu.predictors.selection import (
+    EVERYTHING,
+    ActiveSet,
+    Chosen,
+    Fixed,
+    HeadMean,
+    Masked,
+    Policy,
+    Tap,
+    Unit,
+    standardise,
+)
+
+TAPS = st.builds(Tap, st.sampled_from(["attn_in", "mlp_in"]), st.integers(0, 200))
+
+
+@given(TAPS)
+def test_a_tap_is_read_as_it_is_written(tap):
+    assert Tap.parse(str(tap)) == tap
+    assert str(Tap("mlp_in", 7)) == "mlp_in[7]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "attn_in", "attn_in[]", "attn_in[-1]", "mlp[3]", "mlp_in[3] ", "mlp_in[1.5]", None, 3],
+)
+def test_what_is_no_tap(text):
+    with pytest.raises(ValueError, match=r"is no tap: expected attn_in\[LAYER\] or mlp_in\[LAYER\]") as error:
+        Tap.parse(text)
+    assert repr(text) in str(error.value)
+
+
+@given(TAPS, st.integers(-9, 9), st.integers(-9, 9))
+def test_taps_follow_one_another(tap, a, b):
+    assert tap.shift(0) == tap and tap.shift(a).shift(b) == tap.shift(a + b)
+    assert tap.shift(2) == Tap(tap.point, tap.layer + 1)
+    assert Tap("attn_in", tap.layer).shift(1) == Tap("mlp_in", tap.layer)
+    assert Tap("mlp_in", tap.layer).shift(1) == Tap("attn_in", tap.layer + 1)
+    assert Tap("attn_in", tap.layer + 1).shift(-1) == Tap("mlp_in", tap.layer)
+
+
+def named(chosen):
+    """The sets ``[B][count]`` that a `Chosen` names."""
+    ids = chosen.ids.reshape(len(chosen.count), -1)
+    return [row[:count].tolist() for row, count in zip(ids, chosen.count.tolist(), strict=True)]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_one_set_of_a_batch(mask):
+    chosen = Chosen.from_mask(torch.tensor(mask))
+    assert chosen.ids.shape == (len(mask),) and chosen.count.shape == (1,)
+    assert chosen.ids.dtype == chosen.count.dtype == torch.int32
+    assert named(chosen) == [[i for i, yes in enumerate(mask) if yes]]
+    assert sorted(chosen.ids.tolist()) == list(range(len(mask)))
+
+
+def test_a_set_of_each_sequence():
+    mean = HeadMean(torch.zeros(3, 2), torch.zeros(6))
+    chosen = Chosen.from_mask(torch.tensor([[True, False, True], [False] * 3, [True] * 3]), mean)
+    assert named(chosen) == [[0, 2], [], [0, 1, 2]] and chosen.mean is mean
+
+
+def test_what_is_taken_out_leaves_nothing_or_the_mean():
+    g = torch.Generator().manual_seed(0)
+    hidden, heads, mean = (torch.randn(s, generator=g) for s in ((2, 3, 4), (2, 3, 4, 5), (4, 5)))
+    mask = torch.rand(2, 3, 4, generator=g) < 0.5
+    assert torch.equal(Masked(mask).apply(hidden), hidden * mask)
+    assert torch.equal(Masked(mask).apply(heads), heads * mask[..., None])
+    found = Masked(mask, HeadMean(mean.double(), torch.zeros(1))).apply(heads)
+    assert torch.equal(found, torch.where(mask[..., None], heads, mean)) and found.dtype == heads.dtype
+    assert not Masked(mask).apply(torch.full((2, 3, 4), torch.nan))[~mask].isnan().any()
+
+
+def test_selectors_that_are_given_their_sets():
+    sets = [ActiveSet(), ActiveSet(neurons=Chosen.from_mask(torch.ones(3, dtype=torch.bool)))]
+    assert Fixed(sets).neurons(1, None) is sets[1].neurons
+    assert Fixed(sets).neurons(0, None) is Fixed(sets).heads(1, None) is None
+    assert EVERYTHING.heads(0, None) is EVERYTHING.neurons(5, None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_tap_is_standardised(dtype):
+    x = (torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) * 300 + 50).to(dtype)
+    z = standardise(x)
+    assert z.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(z.mean(-1), torch.zeros(2, 3, dtype=z.dtype), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.var(-1, correction=0), torch.ones(2, 3, dtype=z.dtype), atol=1e-4, rtol=0)
+
+
+class Given(nn.Module):
+    """Scores that are what they are, whatever is read; keeps what it was given."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return self.scores
+
+
+SCORES = torch.tensor([[0.9, 0.1, 0.6, 0.5], [0.2, 0.1, 0.8, 0.7], [0.4, 0.95, 0.3, 0.1]])[:, None]
+
+
+def unit(kind="mlp", layer=0, scores=SCORES, threshold=0.5, **settings):
+    return Unit(kind, layer, None, Given(scores), threshold=threshold, **settings)
+
+
+def begun(units, *, num_layers=1, alive=None, positions=None, **settings):
+    """A policy in the middle of a pass over three sequences."""
+    policy = Policy(units, num_layers, **settings)
+    policy.begin(torch.zeros(3, 1, dtype=torch.int64) if positions is None else positions, alive)
+    return policy
+
+
+@pytest.mark.parametrize(
+    "alive, union", [(None, [0, 1, 2, 3]), ([1, 1, 0], [0, 2, 3]), ([0, 0, 1], [1]), ([0, 0, 0], [])]
+)
+def test_neurons_are_shared_by_the_live(alive, union):
+    alive = None if alive is None else torch.tensor(alive)
+    policy = begun([unit()], alive=alive)
+    chosen = policy.neurons(0, None)
+    assert chosen.ids.shape == (4,) and named(chosen) == [union]
+    assert float(policy.density("mlp")) == pytest.approx(len(union) / 4)
+
+
+@pytest.mark.parametrize("kind, sharing", [("heads", "union"), ("heads", "each"), ("mlp", "each")])
+def test_each_sequence_has_its_own(kind, sharing):
+    mean = HeadMean(torch.zeros(4, 2), torch.zeros(8))
+    for alive, sets in ((None, [[0, 2], [2, 3], [1]]), (torch.tensor([1, 0, 1]), [[0, 2], [], [1]])):
+        policy = begun([unit(kind, mean=mean)], alive=alive, sharing=sharing)
+        chosen = policy.heads(0, None) if kind == "heads" else policy.neurons(0, None)
+        assert named(chosen) == sets and chosen.mean is mean
+        live = 3 if alive is None else 2
+        assert float(policy.density(kind)) == pytest.approx(sum(map(len, sets)) / (4 * live))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "heads"])
+def test_a_whole_pass_has_a_set_for_every_token(kind):
+    g = torch.Generator().manual_seed(1)
+    scores = torch.rand(2, 6, 4, generator=g)
+    mean = HeadMean(torch.zeros(4, 2), torch.zeros(8))
+    policy = begun(
+        [unit(kind, scores=scores, mean=mean)],
+        positions=torch.arange(6).expand(2, -1),
+        sharing="mask",
+        dense_until=2,
+    )
+    ask = policy.heads if kind == "heads" else policy.neurons
+    choice = ask(0, lambda: torch.zeros(2, 6, 4))
+    assert isinstance(choice, Masked) and choice.mean is mean
+    assert choice.mask[:, :2].all() and torch.equal(choice.mask[:, 2:], scores[:, 2:] > 0.5)
+    assert float(policy.density(kind)) == pytest.approx(float((scores[:, 2:] > 0.5).float().mean()))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=3, max_size=3), st.data())
+def test_a_union_is_what_some_live_sequence_wants(wants, data):
+    alive = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3, max_size=3)))
+    mask = torch.tensor(wants)
+    policy = begun(
+        [unit(scores=mask.float()[:, None]), unit("heads", scores=mask.float()[:, None])], alive=alive
+    )
+    live = mask[alive]
+    assert named(policy.neurons(0, None)) == [live.any(0).nonzero().flatten().tolist()]
+    for found, row, is_alive in zip(named(policy.heads(0, None)), mask, alive, strict=True):
+        assert found == (row & is_alive).nonzero().flatten().tolist()
+    assert float(policy.density("heads")) == pytest.approx(float(live.float().mean()) if len(live) else 0)
+
+
+def test_layers_without_a_unit_are_dense():
+    policy = begun([unit(layer=1)], num_layers=4)
+    assert policy.neurons(0, None) is policy.heads(0, None) is policy.heads(1, None) is None
+    assert policy.chooses("mlp") and not policy.chooses("heads")
+    assert float(policy.density("mlp")) == 1  # nothing was asked yet
+    policy.neurons(1, None)
+    assert float(policy.density("mlp")) == pytest.approx((3 + 1) / 4)
+    assert policy.density("heads").tolist() == [1] and policy.density("heads").dtype == torch.float32
+
+
+def test_density_is_a_mean_over_steps_and_layers_since_the_last_call():
+    scores = [SCORES.clone(), torch.zeros(3, 1, 4)]
+    units = [unit("heads", 0, scores[0]), unit("heads", 2, scores[1]), unit("mlp", 0)]
+    policy = Policy(units, 3)
+    for alive in (torch.tensor([1, 1, 1]), torch.tensor([1, 0, 0])):
+        policy.begin(torch.zeros(3, 1, dtype=torch.int64), alive)
+        policy.heads(0, None), policy.heads(2, None), policy.neurons(0, None)
+    assert float(policy.density("heads")) == pytest.approx(((5 / 12 + 2 / 4) / 2 + 0 + 1) / 3)
+    assert float(policy.density("mlp")) == pytest.approx(((1 + 2 / 4) / 2 + 2) / 3)  # heads' call left it
+    assert float(policy.density("heads")) == float(policy.density("mlp")) == 1
+
+
+def test_chosen_is_what_is_above_the_threshold():
+    policy = begun([unit(threshold=0.1), unit("heads", threshold=-torch.inf)], sharing="each")
+    assert named(policy.neurons(0, None)) == [[0, 2, 3], [0, 2, 3], [0, 1, 2]]  # above it, not at it
+    assert named(policy.heads(0, None)) == [[0, 1, 2, 3]] * 3
+
+
+def test_a_second_stage_chooses_among_the_chosen():
+    tap = Tap("attn_in", 0)
+    second = Unit("mlp", 0, tap, Given(torch.tensor([[[1.0, 1.0, 0.0, 1.0]]]).expand(3, 1, 4)), threshold=0.5)
+    policy = begun([unit(refine=second)], sharing="each")
+    policy.observe(tap, torch.randn(3, 1, 8))
+    assert named(policy.neurons(0, None)) == [[0], [3], [1]]
+    assert len(second.scorer.seen) == 1
+    third = unit(scores=torch.zeros(3, 1, 4), threshold=0.0)
+    second.refine = third
+    policy = begun([unit(refine=unit(refine=third))], sharing="each")
+    assert named(policy.neurons(0, None)) == [[], [], []]
+
+
+def test_scorers_read_the_tap_standardised():
+    tap, residual = Tap("mlp_in", 0), 5 * torch.randn(3, 1, 8) + 2
+    reader = Unit("heads", 1, tap, Given(SCORES), threshold=0.5)
+    policy = begun([reader], num_layers=2)
+    policy.observe(Tap("attn_in", 0), residual - 1)
+    policy.observe(tap, residual)
+    torch.testing.assert_close(reader.scorer.seen, [standardise(residual)])
+    assert named(policy.heads(1, None)) == [[0, 2], [2, 3], [1]]
+
+
+def test_a_unit_is_not_asked_before_its_tap():
+    reader = Unit("heads", 0, Tap("attn_in", 0), Given(SCORES))
+    policy = begun([reader])
+    with pytest.raises(AssertionError, match=r"heads of layer 0 was asked before attn_in\[0\]"):
+        policy.heads(0, None)
+    policy.observe(reader.tap, torch.randn(3, 1, 8))
+    policy.begin(torch.ones(3, 1, dtype=torch.int64), None)  # what an earlier pass saw is forgotten
+    with pytest.raises(AssertionError, match="was asked before"):
+        policy.heads(0, None)
+
+
+def test_only_those_that_see_the_truth_ask_for_it():
+    truth, positions = torch.randn(3, 1, 4), torch.tensor([[4], [7], [2]])
+    seeing, blind = unit(sees_truth=True), unit("heads")
+    policy = begun([seeing, blind], positions=positions)
+    policy.neurons(0, lambda: truth)
+    policy.heads(0, None)
+    assert seeing.scorer.seen == [truth] and blind.scorer.seen == [positions]
+
+
+def test_two_units_of_one_layer_are_a_mistake():
+    with pytest.raises(AssertionError, match="one unit a kind and layer"):
+        Policy([unit(), unit()], 1)
+    assert Policy([unit(), unit("heads")], 1).name == "policy"
+
+
+def test_what_scoring_reads():
+    scorer = Static(torch.zeros(10))
+    units = [
+        Unit("mlp", 0, None, scorer, refine=Unit("mlp", 0, None, Static(torch.zeros(3)))),
+        Unit("heads", 0, None, scorer, sees_truth=True),
+    ]
+    assert Policy(units, 1).read_bytes() == 4 * 13
