@@ -187,14 +187,14 @@ def test_layers_without_a_unit_are_dense():
     assert policy.density("heads").tolist() == [1] and policy.density("heads").dtype == torch.float32
 
 
-def test_density_is_a_mean_over_steps_and_layers_since_the_last_call():
+def test_density_is_a_mean_over_tokens_and_layers_since_the_last_call():
     scores = [SCORES.clone(), torch.zeros(3, 1, 4)]
     units = [unit("heads", 0, scores[0]), unit("heads", 2, scores[1]), unit("mlp", 0)]
     policy = Policy(units, 3)
     for alive in (torch.tensor([1, 1, 1]), torch.tensor([1, 0, 0])):
         policy.begin(torch.zeros(3, 1, dtype=torch.int64), alive)
         policy.heads(0, None), policy.heads(2, None), policy.neurons(0, None)
-    assert float(policy.density("heads")) == pytest.approx(((5 / 12 + 2 / 4) / 2 + 0 + 1) / 3)
+    assert float(policy.density("heads")) == pytest.approx(((5 + 2) / (12 + 4) + 0 + 1) / 3)  # of live tokens
     assert float(policy.density("mlp")) == pytest.approx(((1 + 2 / 4) / 2 + 2) / 3)  # heads' call left it
     assert float(policy.density("heads")) == float(policy.density("mlp")) == 1
 
