@@ -196,13 +196,10 @@ def calibrate_command(
 def eval_command(
     text: Text,
     sparsity: Annotated[
-        list[str], typer.Option(help="dense, lossless or a directory; may be given several times.")
+        list[str],
+        typer.Option(help="dense, lossless, DIRECTORY or DIRECTORY@DENSITY; may be given several times."),
     ],
     model: Model = "demo",
-    density: Annotated[
-        list[float] | None,
-        typer.Option(help="Densities for every directory, instead of its default; several times."),
-    ] = None,
     part: Part = "1/1",
     window: Window = 512,
     tokens: Tokens = 65536,
@@ -219,11 +216,7 @@ def eval_command(
     """Quality of policies side by side, decoding token by token, each sequence with its own sets."""
     engine = load_engine(model, dtype, device)
     corpus = _corpus(engine, text, window, part, tokens)
-    asked = [
-        Asked(spec, d)
-        for spec in sparsity
-        for d in ([None] if spec in ("dense", "lossless") or not density else density)
-    ]
+    asked = [_asked(spec) for spec in sparsity]
     with bar("evaluating") as progress:
         rows = evaluate(engine, corpus, asked, prefixes=prefix or (1, 256), on_progress=progress)
     if global_rank() != 0:
@@ -264,6 +257,15 @@ def _command() -> str:
 
 def _is_part(argument: str) -> bool:
     return argument.replace("/", "").isdigit()
+
+
+def _asked(spec: str) -> Asked:
+    """``DIRECTORY@DENSITY``, or what stands alone."""
+    name, _, density = spec.rpartition("@")
+    try:
+        return Asked(name, float(density)) if name else Asked(spec)
+    except ValueError:
+        raise ValueError(f"{spec!r}: {density!r} is no density") from None
 
 
 def _share(text: str) -> float:

@@ -59,7 +59,7 @@ _RECALLS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 _SAMPLES = 2**28
 # Points beside the default, as multiples of its divergence from dense.
 _BESIDE = (0.1, 0.25, 0.5, 2.0, 4.0, 8.0)
-_PROBES = 8
+_PROBES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

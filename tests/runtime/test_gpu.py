@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from dejavu.parallel.groups import TPGroup
+from dejavu.predictors.selection import Policy, Unit
+from dejavu.profiles.quality import decode, masked
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sampling import SamplingParams
+from dejavu.runtime.sparsity import contribution, load_policy
 from models import KINDS, model_of
 from parity import PROMPTS, Continuation, hugging_face, ours_in_every_dtype
 from ranks import run_ranks
@@ -93,6 +96,31 @@ def test_a_decode_step_never_waits_for_the_host(settings):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert state.cache.lengths.tolist() == [len(engine.tokenize(p, params)) + 2 for p in PROMPTS]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fill_kv", ["lazy", "always"])
+def test_sparse_decoding_is_what_masks_give(fill_kv, record_property):
+    engine = Engine.from_pretrained("demo", device="cuda", dtype="fp32", fill_kv=fill_kv)
+    windows = torch.randint(4096, (4, 161), generator=torch.Generator().manual_seed(0))
+
+    def policy(sharing):
+        units = [
+            Unit(kind, layer, None, contribution(engine.model, kind, layer), sees_truth=True, threshold=limit)
+            for kind, limit in (("mlp", 0.05), ("heads", 0.9))
+            for layer in range(1, 8)
+        ]
+        return Policy(units, 8, sharing=sharing, dense_until=1)
+
+    each = policy("each")
+    (expected,) = masked(engine, windows, [policy("mask")])
+    lossless = load_policy("lossless", engine.model, engine.fingerprint, sharing="each")
+    sparse, nothing_lost, dense = decode(engine, windows, [each, lossless, None])
+    record_property("density_mlp", float(each.density("mlp")))
+    record_property("density_heads", float(each.density("heads")))
+    assert float(expected.kl.mean()) > 1e-3  # something was left out
+    torch.testing.assert_close(sparse.loss.mean(), expected.loss.mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(nothing_lost.loss, dense.loss, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
