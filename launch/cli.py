@@ -11,6 +11,7 @@ from typing import Annotated, get_args
 import torch.distributed as dist
 import typer
 
+from dejavu.launch.demo_page import show_demo
 from dejavu.launch.options import NVTX, Device, DType, Model, load_engine, print_line, stderr
 from dejavu.launch.pipeline import COMMANDS
 from dejavu.launch.ranks import USER_ERROR, launch
@@ -109,11 +110,8 @@ def generate(
 
 @app.command()
 def demo(dtype: DType = "auto", device: Device = "auto", nvtx_ranges: NVTX = False) -> None:
-    """Stream text from the embedded model (`make demo` runs this on two ranks)."""
-    engine = load_engine(DEMO, dtype, device, nvtx_ranges)
-    params = SamplingParams(max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1)
-    for prompt in ("It was a dark and stormy night", "The old man looked at the sea"):
-        _print_summary(_generate_aloud(engine, prompt, params))
+    """Dense, lossless and predicted, side by side, on the embedded model (`make demo`: on two ranks)."""
+    show_demo(load_engine(DEMO, dtype, device, nvtx_ranges))
 
 
 @app.command(

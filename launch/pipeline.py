@@ -21,7 +21,7 @@ from dejavu.predictors.train import TrainConfig, train
 from dejavu.profiles.evaluate import Asked, evaluate
 from dejavu.profiles.plots import study_page
 from dejavu.profiles.quality_plots import predictor_page, quality_page
-from dejavu.profiles.records import write_file, write_record
+from dejavu.profiles.records import write_record
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sparsity import load_policy
 from dejavu.runtime.weights import find_model
@@ -35,7 +35,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, las
 
 def study_command(
     text: Text,
-    out: Annotated[Path, typer.Option(help="Directory for study.json, study.md and study.png.")],
+    out: Annotated[Path, typer.Option(help="Directory for NAME.json, NAME.md and NAME.png.")],
     model: Model = "demo",
     part: Part = "1/1",
     window: Window = 512,
@@ -43,6 +43,7 @@ def study_command(
     optional: Annotated[
         bool, typer.Option("--optional", help="Also: whole blocks skipped, attention and MLP in parallel.")
     ] = False,
+    name: Annotated[str, typer.Option(help="NAME of what is written.")] = "study",
     dtype: DType = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -54,12 +55,10 @@ def study_command(
         found = study(engine, corpus, optional=optional, on_progress=progress)
     if global_rank() != 0:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "study.json", json.dumps(found, indent=1) + "\n")
-    study_page(found, out / "study.png")
-    rows = study_rows(found)
-    write_record(out, "study-rows", rows, command=_command(), **_conditions(engine, corpus))
-    _show(study_tables(found), as_json, found, f"{out}/study.json, study-rows.md and study.png")
+    conditions = _conditions(engine, corpus)
+    path = write_record(out, name, study_rows(found), command=_command(), **conditions, study=found)
+    study_page(found, path.with_suffix(".png"))
+    _show(study_tables(found), as_json, found, f"{path}, .md and .png")
 
 
 def collect_command(
@@ -87,7 +86,7 @@ def collect_command(
     size = trace_bytes(engine.model.config, corpus.tokens)
     stderr().print(f"{corpus.tokens} tokens of {corpus.file}: {out} will have {size / 1e9:.2f} GB")
     with bar("collecting") as progress:
-        collect(engine, corpus, out, sparsity=sparsity, on_progress=progress)
+        collect(engine, corpus, out, sparsity=sparsity, command=_command(), on_progress=progress)
 
 
 def train_command(
@@ -224,7 +223,7 @@ def eval_command(
     where = ""
     if out is not None:
         path = write_record(out, name, rows, command=_command(), **_conditions(engine, corpus))
-        quality_page(rows, path.with_suffix(".png"), title=f"{model}, {corpus.file}")
+        quality_page(rows, path.with_suffix(".png"), title=f"{engine.name}, {corpus.file}")
         where = f"{path}, .md and .png"
     _show([_quality_table(rows)], as_json, {"rows": rows}, where)
 

@@ -54,6 +54,7 @@ class TracesInfo(BaseModel):
     windows: int
     window: int
     ranks: int
+    command: str = ""  # what was typed
 
     @property
     def tokens(self) -> int:
@@ -87,6 +88,7 @@ def collect(
     out: Path,
     *,
     sparsity: str = "dense",
+    command: str = "",
     on_progress: OnProgress | None = None,
 ) -> TracesInfo:
     """Writes the traces of a text; every rank its own neurons and heads, rank 0 the taps.
@@ -98,6 +100,7 @@ def collect(
         corpus: whose windows are run.
         out: the directory to make. ``out`` with ``.partial`` appended is gone on with, if it is there.
         sparsity: what to call the policy in ``traces.json``.
+        command: what to note there as the way to make it.
 
     Raises:
         ValueError: ``out`` exists, the disk has too little space, or ``.partial`` was begun otherwise.
@@ -111,6 +114,7 @@ def collect(
         windows=windows,
         window=window,
         ranks=tp.size,
+        command=command,
     )
     partial = out.with_name(out.name + ".partial")
     done = tp.agree(lambda: _begin(info, model.config, out, partial, tp))

@@ -40,7 +40,7 @@ class ModelIdentity(_Strict):
     fingerprint: str
     hidden_size: int
     ffn_dim: int
-    num_layers: int
+    num_layers: int = Field(ge=1)
     num_heads: int
 
     def size(self, kind: Kind) -> int:
@@ -55,7 +55,7 @@ class Entry(_Strict):
     layer: int = Field(ge=0)
     dense: bool = False
     method: Method = "predicted"
-    tap: str | None = None
+    tap: str | None = Field(default=None, pattern=r"^(attn_in|mlp_in)\[\d+\]$")
     rank: int | None = Field(default=None, ge=1)
     bits: Bits = 16
     relu: bool = False

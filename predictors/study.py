@@ -82,6 +82,7 @@ def study(
     layers = seen.layers()
     return {
         "model": {
+            "name": engine.name,
             "fingerprint": engine.fingerprint,
             **{k: getattr(config, k) for k in ("num_layers", "hidden_size", "ffn_dim", "num_heads")},
             "dtype": engine.dtype,

@@ -315,6 +315,7 @@ class Recipe:
     def manifest(self, command: str) -> Manifest:
         """Not calibrated yet."""
         earlier = [] if self.start_manifest is None else self.start_manifest.commands
+        collected = "" if self.traces is None else self.traces.info.command
         sources = [] if self.start_manifest is None else self.start_manifest.sources
         if self.traces is not None and self.traces.info.source not in sources:
             sources = [*sources, self.traces.info.source]
@@ -324,7 +325,7 @@ class Recipe:
             lookahead=self.config.lookahead,
             entries=self.entries,
             sources=sources,
-            commands=[*earlier, *filter(None, [command])],
+            commands=[*earlier, *filter(None, [collected, command])],
         )
 
     def make(self, entry: Entry) -> dict[str, Tensor]:

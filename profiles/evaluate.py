@@ -16,7 +16,7 @@ from dejavu.predictors.meter import Account, Metered, dense_bytes, sparse_bytes
 from dejavu.predictors.selection import KINDS, Kind
 from dejavu.profiles.quality import Scores, decode, masked
 from dejavu.runtime.engine import Engine
-from dejavu.runtime.sparsity import DENSE, LOSSLESS, load_policy
+from dejavu.runtime.sparsity import DENSE, LOSSLESS, find_predictors, load_policy
 
 OnProgress = Callable[[str, int, int], None]
 # The shapes of OPT-175B, and the ranks that the paper's predictors have there.
@@ -83,7 +83,7 @@ def _check(engine: Engine, corpus: Corpus, asked: Sequence[Asked]) -> None:
     for a in asked:
         load_policy(a.sparsity, engine.model, engine.fingerprint, density=a.density, sharing="each")
         if a.sparsity not in (DENSE, LOSSLESS):
-            corpus.check_unused(read_manifest(Path(a.sparsity).expanduser()).sources, a.sparsity)
+            corpus.check_unused(read_manifest(find_predictors(a.sparsity)).sources, a.sparsity)
 
 
 def _row(
@@ -133,7 +133,7 @@ def _accounts(engine: Engine, corpus: Corpus, asked: Asked, prefix: int, decoded
     if asked.sparsity == LOSSLESS:
         entries: list[Entry] = []
     else:
-        entries = [e for e in read_manifest(Path(asked.sparsity).expanduser()).entries if not e.dense]
+        entries = [e for e in read_manifest(find_predictors(asked.sparsity)).entries if not e.dense]
     for kind in KINDS:
         layers = {layer: a for (k, layer), a in accounts.items() if k == kind}
         if not layers:

@@ -72,7 +72,7 @@ def _save(figure: Figure, path: Path) -> None:
 def _title(study: Mapping[str, Any]) -> tuple[str, str]:
     """What was studied, and under which conditions."""
     model, text = study["model"], study["text"]
-    name = model.get("name", "OPT")
+    name = model["name"]
     sizes = (
         f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['ffn_dim']} neurons and "
         f"{model['num_heads']} heads a layer, {model['dtype']}"

@@ -6,10 +6,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from dejavu.predictors.files import Manifest
 from dejavu.predictors.selection import KINDS, Kind
 
+PERCENT = FuncFormatter(lambda x, _: f"{x:g}%")
 _NAMES: Mapping[Kind, str] = {"mlp": "MLP neurons", "heads": "heads"}
 
 
@@ -18,7 +20,7 @@ def predictor_page(manifest: Manifest, path: Path) -> None:
     figure = Figure(figsize=(16, 9), layout="constrained")
     axes = figure.subplots(2, 2)
     figure.suptitle(
-        f"{manifest.method} predictors, {manifest.lookahead} ahead, calibrated to {manifest.target}"
+        f"Predictors: {manifest.method}, lookahead {manifest.lookahead}, calibrated to {manifest.target}"
     )
     for row, kind in enumerate(KINDS):
         _layers(axes[row][0], manifest, kind)
@@ -45,11 +47,15 @@ def quality_page(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
                 ax.annotate(
                     row["policy"], (at, height), xytext=(6, 4), textcoords="offset points", fontsize=8
                 )
-        ax.set_xlabel(f"{_NAMES[kind]} computed, % (mean over tokens and layers)")
-        ax.set_ylabel("increase of perplexity over dense, %")
+        ax.set_xlabel(f"{_NAMES[kind]} computed (mean over tokens and layers)")
+        ax.set_ylabel("increase of perplexity over dense")
         ax.set_yscale("symlog", linthresh=0.1)
+        ax.yaxis.set_major_formatter(PERCENT)
         if kind == "mlp" and sparse:
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(PERCENT)
+        ax.xaxis.set_major_formatter(PERCENT)
+        ax.margins(x=0.15)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.grid(alpha=0.3, which="both")
         if sparse:

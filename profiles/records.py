@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +65,19 @@ def device_name() -> str:
 
 
 def _markdown(record: Mapping[str, Any]) -> str:
-    rows = record["rows"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    conditions = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("name", "command", "rows"))
-    lines = [
-        f"# {record['name']}",
-        "",
-        f"`{record['command']}`",
-        "",
-        conditions,
-        "",
-        f"| {' | '.join(columns)} |",
-        f"|{' --- |' * len(columns)}",
-        *(f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows),
-    ]
+    """The conditions, and a table for each run of rows that begin with the same key."""
+    plain = {k: v for k, v in record.items() if k not in ("name", "command", "rows")}
+    conditions = ", ".join(f"{k} {v}" for k, v in plain.items() if not isinstance(v, Mapping))
+    lines = [f"# {record['name']}", "", f"`{record['command']}`", "", conditions]
+    for _, group in groupby(record["rows"], key=lambda row: next(iter(row), None)):
+        rows = list(group)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines += [
+            "",
+            f"| {' | '.join(columns)} |",
+            f"|{' --- |' * len(columns)}",
+            *(f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """From what a user asks for (``dense``, ``lossless``, a directory) to what the model is asked."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dejavu.predictors.files import (
 from dejavu.predictors.networks import HeadContribution, NeuronContribution
 from dejavu.predictors.selection import HeadMean, Kind, Policy, Sharing, Tap, Unit
 from dejavu.runtime.opt import OPTModel
+from dejavu.runtime.weights import DEMO
 
 DENSE, LOSSLESS = "dense", "lossless"
 
@@ -32,8 +34,8 @@ def load_policy(
     """The policy that ``spec`` names; None for ``dense``.
 
     Args:
-        spec: ``dense``; ``lossless``: fc1 in full, then only the rows of fc2 whose neuron is live; or a
-            directory of calibrated predictors.
+        spec: ``dense``; ``lossless``: fc1 in full, then only the rows of fc2 whose neuron is live; a
+            directory of calibrated predictors, or ``demo`` for the embedded model's.
         density: the mean MLP density to move to, between the calibrated points (without predictors of the
             MLP: the mean head density); None is the default point.
         sharing, dense_until: see `Policy`.
@@ -46,15 +48,26 @@ def load_policy(
         if density is not None:
             raise ValueError(f"density={density} belongs to predictors; {spec} has none")
         return None if spec == DENSE else _lossless(model, sharing, dense_until)
-    directory = Path(spec).expanduser()
-    if not directory.is_dir():
-        raise ValueError(f"sparsity={spec!r} is neither dense, lossless nor a directory of predictors")
+    directory = find_predictors(spec)
     manifest = read_manifest(directory)
     check_model(manifest, model, fingerprint, directory)
     if manifest.default is None:
         raise ValueError(f"{directory} is not calibrated: run dejavu calibrate on it first")
     point = manifest.points[manifest.default] if density is None else at_density(manifest, density, directory)
     return build_policy(directory, manifest, point, model, sharing=sharing, dense_until=dense_until)
+
+
+def find_predictors(name: str) -> Path:
+    """A directory of predictors: ``demo`` is the embedded model's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == DEMO:
+        return Path(str(files("dejavu.launch"))) / "demo" / "predictors"
+    if not name or not (directory := Path(name).expanduser()).is_dir():
+        raise ValueError(f"sparsity={name!r} is neither dense, lossless, demo nor a directory of predictors")
+    return directory
 
 
 def check_model(manifest: Manifest, model: OPTModel, fingerprint: str, directory: Path) -> None:
