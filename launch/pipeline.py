@@ -49,6 +49,7 @@ def study_command(
     as_json: AsJson = False,
 ) -> None:
     """Does this model have contextual sparsity? Tables, study.json and a page of plots."""
+    _check_folder(out)
     engine = load_engine(model, dtype, device)
     corpus = _corpus(engine, text, window, part, tokens)
     with bar("studying") as progress:
@@ -83,10 +84,12 @@ def collect_command(
             sparsity, engine.model, engine.fingerprint, density=density, sharing="mask", dense_until=1
         )
     )
+    whose = Path(sparsity).name + ("" if density is None else f"@{density:g}")
     size = trace_bytes(engine.model.config, corpus.tokens)
-    stderr().print(f"{corpus.tokens} tokens of {corpus.file}: {out} will have {size / 1e9:.2f} GB")
+    said = f"{corpus.tokens} tokens of {corpus.file}: {out} will have {size / 1e9:.2f} GB"
+    stderr().print(said, soft_wrap=True)
     with bar("collecting") as progress:
-        collect(engine, corpus, out, sparsity=sparsity, command=_command(), on_progress=progress)
+        collect(engine, corpus, out, sparsity=whose, command=_command(), on_progress=progress)
 
 
 def train_command(
@@ -145,7 +148,7 @@ def train_command(
     directory = tp.agree(lambda: find_model(model))
     with bar("training") as progress:
         train(directory, traces, out, config, tp=tp, start=start, command=_command(), on_progress=progress)
-    stderr().print(f"{out} is there; next: dejavu calibrate --predictors {out}")
+    stderr().print(f"{out} is there; next: dejavu calibrate --predictors {out}", soft_wrap=True)
 
 
 def calibrate_command(
@@ -213,6 +216,7 @@ def eval_command(
     as_json: AsJson = False,
 ) -> None:
     """Quality of policies side by side, decoding token by token, each sequence with its own sets."""
+    _check_folder(out)
     engine = load_engine(model, dtype, device)
     corpus = _corpus(engine, text, window, part, tokens)
     asked = [_asked(spec) for spec in sparsity]
@@ -251,11 +255,23 @@ def _conditions(engine: Engine, corpus: Corpus) -> dict[str, Any]:
 
 def _command() -> str:
     """What was typed, without the folders of this machine."""
-    return " ".join(["dejavu", *(Path(a).name if "/" in a and not _is_part(a) else a for a in sys.argv[1:])])
+    return " ".join(["dejavu", *map(_without_folders, sys.argv[1:])])
 
 
-def _is_part(argument: str) -> bool:
-    return argument.replace("/", "").isdigit()
+def _without_folders(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    is_part = value.replace("/", "").isdigit()  # 1/2
+    return option + equals + (value if is_part else value.rpartition("/")[2] or value)
+
+
+def _check_folder(out: Path | None) -> None:
+    """Whether results can go there, before the work is done.
+
+    Raises:
+        ValueError: it is no directory.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is no directory")
 
 
 def _asked(spec: str) -> Asked:
@@ -290,7 +306,7 @@ def _show(tables: list[Table], as_json: bool, result: dict[str, Any], where: str
     for table in tables:
         console.print(table)
     if where:
-        stderr().print(f"written: {where}")
+        stderr().print(f"written: {where}", soft_wrap=True)
     if as_json:
         print_line(json.dumps(result))
 
@@ -343,7 +359,7 @@ def _quality_table(rows: list[dict[str, Any]]) -> Table:
             _percent(row["density_heads"]),
             row["ppl"],
             f"{100 * row['ppl_increase']:+.3f}%",
-            f"{100 * row['ppl_increase_low']:+.3f} to {100 * row['ppl_increase_high']:+.3f}",
+            _interval(row),
             _percent(row["top1"]),
             row["kl"],
             row["icl"],
@@ -353,6 +369,11 @@ def _quality_table(rows: list[dict[str, Any]]) -> Table:
     ]
     columns = ["policy", "dense prefix", "MLP", "heads", "ppl", "increase", "95% interval", "top-1", "KL"]
     return _table("quality", [*columns, "ICL", "MLP bytes"], cells)
+
+
+def _interval(row: dict[str, Any]) -> str | None:
+    low, high = row["ppl_increase_low"], row["ppl_increase_high"]
+    return None if low is None else f"{100 * low:+.3f} to {100 * high:+.3f}"
 
 
 def _percent(share: float) -> str:

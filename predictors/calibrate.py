@@ -31,26 +31,8 @@ UnitKey = tuple[Kind, int]
 
 # The rungs of the ladder, as densities.
 _RUNGS: Mapping[Kind, tuple[float, ...]] = {
-    "mlp": (
-        0,
-        0.003,
-        0.006,
-        0.01,
-        0.015,
-        0.02,
-        0.03,
-        0.04,
-        0.055,
-        0.075,
-        0.1,
-        0.13,
-        0.17,
-        0.22,
-        0.3,
-        0.4,
-        0.6,
-    ),
-    "heads": (0.125, 0.25, 0.375, 0.5, 0.6, 0.7, 0.78, 0.85, 0.9, 0.95),
+    "mlp": (0, 0.003, 0.006, 0.01, 0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.13, 0.17, 0.22, 0.3, 0.4, 0.6, 1),
+    "heads": (0.125, 0.25, 0.375, 0.5, 0.6, 0.7, 0.78, 0.85, 0.9, 0.95, 1),
 }
 # Second stages are tried at thresholds that keep these shares of the contribution.
 _REFINE_RECALLS = (0.97, 0.99, 0.997)
@@ -123,8 +105,11 @@ def calibrate(
     Raises:
         ValueError: predictors of another model or trained on this text; a target out of reach.
     """
-    manifest = engine.tp.agree(lambda: _read(engine, corpus, directory))
-    search = Calibration(engine, corpus.windows, directory, manifest, search_tokens, on_progress)
+    if search_tokens < 1:
+        raise ValueError(f"search_tokens={search_tokens} is less than 1")
+    manifest = engine.tp.agree(lambda: _read(engine, corpus, directory, target))
+    policy = engine.tp.agree(lambda: _everything(engine, directory, manifest))
+    search = Calibration(engine, corpus.windows, manifest, policy, search_tokens, on_progress)
     points, default = search.points(target)
     held_out = search.held_out(points[default])
     entries = [
@@ -146,11 +131,28 @@ def calibrate(
     return manifest
 
 
-def _read(engine: Engine, corpus: Corpus, directory: Path) -> Manifest:
+def _read(engine: Engine, corpus: Corpus, directory: Path, target: Target) -> Manifest:
     manifest = read_manifest(directory)
     check_model(manifest, engine.model, engine.fingerprint, directory)
     corpus.check_unused([s for s in manifest.sources if s.use == "train"], str(directory))
+    wanted: dict[Kind, float | None] = {"mlp": target.mlp_density, "heads": target.head_density}
+    for kind, density in wanted.items():
+        if density is not None and all(entry.dense for entry in manifest.of(kind)):
+            raise ValueError(f"{directory} has no predictors of {kind} that a density could be given to")
     return manifest
+
+
+def _everything(engine: Engine, directory: Path, manifest: Manifest) -> Policy:
+    """The policy with all its units, whatever their thresholds."""
+    zeros: list[float | None] = [0.0] * manifest.model.num_layers
+    point = OperatingPoint(
+        thresholds={"mlp": zeros, "heads": zeros, "refine": zeros},
+        mlp_density=1,
+        head_density=1,
+        ppl_increase=0,
+        kl=0,
+    )
+    return build_policy(directory, manifest, point, engine.model, sharing="mask", dense_until=1)
 
 
 class Calibration:
@@ -160,32 +162,17 @@ class Calibration:
         self,
         engine: Engine,
         windows: Tensor,
-        directory: Path,
         manifest: Manifest,
+        policy: Policy,
         search_tokens: int,
         on_progress: OnProgress | None,
     ) -> None:
-        self.engine, self.windows, self.directory, self.manifest = engine, windows, directory, manifest
+        self.engine, self.windows, self.policy = engine, windows, policy
         self.model = identity(engine)
         self.entries = {(e.kind, e.layer): e for e in manifest.entries if not e.dense}
         self.on_progress = on_progress
         window = windows.shape[1] - 1
         self.search = windows[: max(1, min(len(windows), search_tokens // window))]
-        zeros = [0.0] * manifest.model.num_layers
-        self.policy = build_policy(
-            directory,
-            manifest,
-            OperatingPoint(
-                thresholds={"mlp": [*zeros], "heads": [*zeros], "refine": [*zeros]},
-                mlp_density=1,
-                head_density=1,
-                ppl_increase=0,
-                kl=0,
-            ),
-            engine.model,
-            sharing="mask",
-            dense_until=1,
-        )
         self.samples = self._sample()
 
     def points(self, target: Target) -> tuple[list[OperatingPoint], int]:
@@ -207,10 +194,9 @@ class Calibration:
             }
             positions = {}
             for kind, density in wanted.items():
-                path = _path({key: rungs for key, rungs in ladders.items() if key[0] == kind})
-                if density is None or len(path) == 1:
-                    positions[kind] = (path, float(len(path) - 1))
+                if density is None:  # not asked for: dense
                     continue
+                path = _path({key: rungs for key, rungs in ladders.items() if key[0] == kind})
                 position, reached = self._stop(path, _denser(kind, density), (kind,))
                 got = reached.mlp_density if kind == "mlp" else reached.head_density
                 if got > density * 1.1:
@@ -299,12 +285,13 @@ class Calibration:
             rung = Rung(thresholds, float(score.kl.mean()), price, account.density)
             ladders.setdefault(key, []).append(rung)
         for key, rungs in ladders.items():
-            rungs.append(Rung(None, 0.0, dense_bytes(key[0], self.model) if by_bytes else 1.0, 1.0))
+            if by_bytes:  # where the predictor costs more than it saves
+                rungs.append(Rung(None, 0.0, dense_bytes(key[0], self.model), 1.0))
         return ladders
 
     def _rungs(self, key: UnitKey) -> list[tuple[float, float | None]]:
         samples, entry = self.samples[key], self.entries[key]
-        firsts = [samples.at_density(density) for density in _RUNGS[entry.kind]]
+        firsts = samples.at_densities(_RUNGS[entry.kind])
         if entry.refine is None:
             return [(first, None) for first in dict.fromkeys(firsts)]
         seconds = [samples.at_recall(recall, refined=True) for recall in _REFINE_RECALLS]
@@ -429,10 +416,11 @@ class Samples:
     refined: Tensor | None
     contributions: Tensor
 
-    def at_density(self, density: float) -> float:
-        """The threshold above which lies this share of the scores."""
-        flat = self.scores.flatten().sort(descending=True).values
-        return float(flat[min(int(density * len(flat)), len(flat) - 1)])
+    def at_densities(self, densities: Sequence[float]) -> list[float]:
+        """The thresholds above which lie these shares of the scores; above that of 1 all that may come."""
+        falling = self.scores.flatten().sort(descending=True).values
+        below_all = float(falling[-1]) - 2 * float(falling[0] - falling[-1]) - 1
+        return [below_all if d == 1 else float(falling[int(d * len(falling))]) for d in densities]
 
     def at_recall(self, recall: float, *, refined: bool = False) -> float:
         """The threshold above which lies this share of the live neurons (heads: of the contribution)."""

@@ -51,6 +51,7 @@ class TracesInfo(BaseModel):
     model: ModelIdentity
     source: Source
     sparsity: str  # whose hidden states these are: dense, or the predictors that ran
+    dtype: str
     windows: int
     window: int
     ranks: int
@@ -111,6 +112,7 @@ def collect(
         model=identity(engine),
         source=corpus.source("train"),
         sparsity=sparsity,
+        dtype=engine.dtype,
         windows=windows,
         window=window,
         ranks=tp.size,
@@ -159,7 +161,7 @@ def _begin(info: TracesInfo, config: OPTConfig, out: Path, partial: Path, tp: TP
     if out.exists():
         raise ValueError(f"{out} exists already")
     if (partial / TRACES).is_file():
-        if read_info(partial) != info:
+        if read_info(partial).model_copy(update={"command": info.command}) != info:
             raise ValueError(
                 f"{partial} was begun with another model, text, ranks or options: remove it first"
             )
@@ -256,8 +258,11 @@ def _create(path: Path, shape: tuple[int, ...], dtype: Any) -> "np.memmap[Any, A
     if not path.exists():
         beside = path.with_name(path.name + ".new")
         np.lib.format.open_memmap(beside, mode="w+", dtype=dtype, shape=shape)
-        with beside.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        try:
+            with beside.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as e:
+            raise ValueError(f"cannot write {path}: {e.strerror}") from None
         beside.replace(path)
     return np.lib.format.open_memmap(path, mode="r+")
 

@@ -31,7 +31,7 @@ Bits = Literal[2, 3, 4, 8, 16]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelIdentity(_Strict):
@@ -162,7 +162,13 @@ def _check(manifest: Manifest, path: Path) -> None:
         raise ValueError(f"{path} has no predictors")
     for entry in manifest.entries:
         for stage in filter(None, (entry, entry.refine)):
-            if stage.tap is not None and not stage.dense:
+            if stage.dense:
+                continue
+            if stage.tap is None and stage.method not in ("static", "random", "oracle"):
+                raise ValueError(f"{path}: {entry.name} has no tap to read")
+            if stage.rank is None and stage.method in ("predicted", "svd", "lsh"):
+                raise ValueError(f"{path}: {entry.name} has no rank")
+            if stage.tap is not None:
                 check_tap(stage.kind, stage.layer, Tap.parse(stage.tap), path)
     for point in manifest.points:
         for key, thresholds in point.thresholds.items():
@@ -201,6 +207,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def pack(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
     """A matrix as it is stored: fp16, or codes (one a byte; kernels may pack them) and scales."""
     if bits == 16:
+        if not matrix.half().isfinite().all():
+            raise ValueError(f"{name}: a weight of {float(matrix.abs().max()):.3g} does not fit 16 bits")
         return {name: matrix.half()}
     codes, scales = quantise(matrix, bits)
     return {f"{name}.codes": codes, f"{name}.scales": scales}

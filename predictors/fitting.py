@@ -30,8 +30,13 @@ def regress(tap: Tensor, own: Tensor, fc1: Tensor, bias: Tensor, rank: int) -> L
         tap: ``[T, D]``, what the predictor reads.
         own: ``[T, D]``, the tap at the MLP itself, of which the pre-activations are ``own @ fc1.T + bias``.
         fc1, bias: ``[F, D]`` and ``[F]``, with the norm folded in.
+
+    Raises:
+        ValueError: no more tokens than ranks.
     """
     (T, D), device = tap.shape, fc1.device
+    if rank >= T:
+        raise ValueError(f"{T} tokens of traces are too few for rank {rank}")
     sums = torch.zeros(2 * D, dtype=torch.float64, device=device)
     products = torch.zeros(2 * D, 2 * D, dtype=torch.float64, device=device)
     for x, y in zip(tap.split(_CHUNK), own.split(_CHUNK), strict=True):
@@ -45,16 +50,12 @@ def regress(tap: Tensor, own: Tensor, fc1: Tensor, bias: Tensor, rank: int) -> L
     values = values.clamp(min=float(values.max()) * 1e-6)
     wide = fc1.double()
     best = wide @ cov_yx @ (vectors / values) @ vectors.T
-    down, up = low_rank_of(best, min(rank, D), vectors * values.sqrt() @ vectors.T)
+    down, up = low_rank_of(best, rank, vectors * values.sqrt() @ vectors.T)
     shift = bias + wide @ mean_y - up @ (down @ mean_x)
     found = up @ down
     error = ((wide @ cov_yy) * wide - 2 * (wide @ cov_yx) * found + (found @ cov_xx) * found).sum(-1)
     deviation = error.clamp(min=1e-3 * float(error.mean())).sqrt()
-    return LowRank(
-        _padded(down, rank, 0).float(),
-        _padded(up / deviation[:, None], rank, 1).float(),
-        (shift / deviation).float(),
-    )
+    return LowRank(down.float(), (up / deviation[:, None]).float(), (shift / deviation).float())
 
 
 def random_network(D: int, rank: int, n: int, *, relu: bool, seed: int) -> LowRank:
@@ -200,10 +201,3 @@ def _smallest_carrying(contribution: Tensor, share: float) -> float:
 def _rows(slices: Sequence[Tensor], rows: Tensor) -> Tensor:
     """The given rows of a matrix that lies in slices of columns, where ``rows`` are."""
     return torch.cat([s[rows.to(s.device)].to(rows.device) for s in slices], dim=1)
-
-
-def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:
-    """With zeros up to ``size`` along ``dim``: a rank may be larger than the rank there is."""
-    shape = list(matrix.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim)

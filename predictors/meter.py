@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dejavu.parallel.collectives import all_reduce
+from dejavu.parallel.collectives import all_gather_last, all_reduce
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.files import Entry, ModelIdentity
 from dejavu.predictors.selection import Kind, Policy, Truth, Unit
@@ -47,6 +47,7 @@ class Metered(Policy):
             dense_until=policy.dense_until,
         )
         self.truths = {key: _truth(model, unit) for key, unit in self.units.items()}
+        self._tp = model.tp
         self._sums: dict[tuple[Kind, int], Tensor] = {}
         self._candidates: dict[tuple[Kind, int], Tensor] = {}
 
@@ -79,7 +80,9 @@ class Metered(Policy):
         value = self.truths[key](truth())
         if unit.kind == "mlp":
             wanted = value > 0
-        else:  # as many as were chosen
+        else:  # as many as were chosen, over all ranks
+            value, chosen = (all_gather_last(x, self._tp) for x in (value, mask.to(value.dtype)))
+            mask = chosen > 0
             rank = value.argsort(-1, descending=True).argsort(-1)
             wanted = rank < mask.sum(-1, keepdim=True)
         sums = (

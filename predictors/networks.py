@@ -176,7 +176,7 @@ def fold_norm(
 
 
 def low_rank_of(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The best rank-r ``(down [r, D], up [n, r])`` of ``weight [n, D]`` (SVD).
+    """The best rank-r ``(down [r, D], up [n, r])`` of ``weight [n, D]`` (SVD); zeros beyond its own rank.
 
     With ``scale [D, D]``, the root of the inputs' covariance, it is the best for those inputs.
     """
@@ -185,7 +185,8 @@ def low_rank_of(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple
     down = root[:, None] * v[:rank]
     if scale is not None:
         down = torch.linalg.solve(scale, down, left=False)
-    return down, u[:, :rank] * root
+    missing = rank - len(root)
+    return F.pad(down, (0, 0, 0, max(missing, 0))), F.pad(u[:, :rank] * root, (0, max(missing, 0)))
 
 
 def quantise(weight: Tensor, bits: int, tries: int = 15) -> tuple[Tensor, Tensor]:

@@ -527,7 +527,6 @@ def _perplexity(scores: Scores) -> float:
 
 
 def _row(engine: Engine, trial: Trial, scores: Scores, dense: Scores) -> dict[str, Any]:
-    """JSON knows no infinity: of a single window there is no interval."""
     row = dict(trial.row)
     if isinstance(trial.selector, Policy):
         row["density"] = engine.mean_density(trial.selector, row["kind"])
@@ -536,8 +535,8 @@ def _row(engine: Engine, trial: Trial, scores: Scores, dense: Scores) -> dict[st
         **row,
         "ppl": _perplexity(scores),
         "ppl_increase": increase,
-        "low": low if math.isfinite(high) else None,
-        "high": high if math.isfinite(high) else None,
+        "low": low,
+        "high": high,
         "kl": float(scores.kl.double().mean()),
         "top1": float(scores.top1.mean()),
     }

@@ -93,8 +93,10 @@ class TrainConfig:
             raise ValueError(f"lookahead={self.lookahead!r} is unknown: use {', '.join(_HALVES)}")
         if self.method not in get_args(Method):
             raise ValueError(f"method={self.method!r} is unknown: use {', '.join(get_args(Method))}")
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
-            raise ValueError(f"kinds={self.kinds} are unknown: use {' and '.join(KINDS)}")
+        if not self.kinds or not set(self.kinds) <= set(KINDS) or len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"kinds={self.kinds}: expected one or both of {' and '.join(KINDS)}")
+        if self.refine_bits is not None and self.method in ("static", "random", "oracle"):
+            raise ValueError(f"refine_bits={self.refine_bits}: {self.method} has no second stage")
         if self.labels not in ("contribution", "paper"):
             raise ValueError(f"labels={self.labels!r} is unknown: use contribution or paper")
         for name, allowed in (("bits", (2, 3, 4, 8, 16)), ("refine_bits", (None, 2, 3, 4, 8))):
@@ -272,9 +274,12 @@ class Recipe:
             if start_manifest.model != model:
                 raise ValueError(f"{start} is of another model than {model_dir}")
             start_tensors = PredictorTensors(start, model, TPGroup())
-        known = {f"{kind}.{layer}" for kind in config.kinds for layer in range(architecture.num_layers)}
-        if unknown := set(config.ranks) - known:
-            raise ValueError(f"there is no predictor {min(unknown)}: they are called KIND.LAYER, as mlp.0")
+        L = architecture.num_layers
+        entries = [config.entry(kind, layer, L) for kind in config.kinds for layer in range(L)]
+        if unknown := set(config.ranks) - {entry.name for entry in entries if entry.rank is not None}:
+            raise ValueError(
+                f"there is no predictor {min(unknown)} that has a rank: they are called KIND.LAYER, as mlp.0"
+            )
         recipe = cls(config, model, architecture, checkpoint, traces, start_tensors, start_manifest, device)
         recipe._check_start()
         return recipe
@@ -391,7 +396,7 @@ class Recipe:
 
     def _regressed(self, entry: Entry, weights: LayerWeights, z: Tensor) -> LowRank:
         assert self.traces is not None and entry.rank is not None
-        own = self.traces.tap(Tap("mlp_in", entry.layer))
+        own = self._read_tap(Tap("mlp_in", entry.layer))
         return regress(z, own, weights.fc1, weights.bias, entry.rank)
 
     def _mean_contributions(self, entry: Entry, weights: LayerWeights, mean: Tensor | None) -> Tensor:
@@ -427,10 +432,14 @@ class Recipe:
 
     def _tap(self, entry: Entry) -> Tensor:
         """What the entry's predictor reads, ``fp16[T, D]``."""
-        assert self.traces is not None and entry.tap is not None
-        z = self.traces.tap(Tap.parse(entry.tap))
+        assert entry.tap is not None
+        return self._read_tap(Tap.parse(entry.tap))
+
+    def _read_tap(self, tap: Tap) -> Tensor:
+        assert self.traces is not None
+        z = self.traces.tap(tap)
         if not all(part.isfinite().all() for part in z.split(65536)):
-            raise ValueError(f"{self.traces.directory}: {entry.tap} holds numbers that are not finite")
+            raise ValueError(f"{self.traces.directory}: {tap} holds numbers that are not finite")
         return z.to(self.device) if z.nbytes <= _RESIDENT_BYTES else z
 
     def _codes(self, layer: int) -> list[Tensor]:

@@ -33,12 +33,15 @@ class Scores:
     top1: Tensor
     prefix: int
 
-    def increase(self, dense: "Scores") -> tuple[float, float, float]:
-        """The relative increase of perplexity and its 95% interval, from paired differences of windows."""
+    def increase(self, dense: "Scores") -> tuple[float, float | None, float | None]:
+        """The relative increase of perplexity and its 95% interval, from paired differences of windows; one
+        window has no interval."""
         difference = (self.loss - dense.loss).double().mean(1)
         mean = float(difference.mean())
         n = len(difference)
-        half = 1.96 * float(difference.std()) / math.sqrt(n) if n > 1 else math.inf
+        if n == 1:
+            return math.expm1(mean), None, None
+        half = 1.96 * float(difference.std()) / math.sqrt(n)
         return math.expm1(mean), math.expm1(mean - half), math.expm1(mean + half)
 
     def in_context(self) -> float | None:

@@ -38,8 +38,7 @@ def quality_page(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
         for marker, prefix in zip("os^D", sorted({row["prefix"] for row in rows}), strict=False):
             shown = [row for row in sparse if row["prefix"] == prefix]
             y = [100 * row["ppl_increase"] for row in shown]
-            low = [100 * (row["ppl_increase"] - row["ppl_increase_low"]) for row in shown]
-            high = [100 * (row["ppl_increase_high"] - row["ppl_increase"]) for row in shown]
+            low, high = ([_reach(row, end) for row in shown] for end in ("low", "high"))
             x = [100 * row[key] for row in shown]
             label = f"after {prefix} dense token{'s' if prefix > 1 else ''}"
             ax.errorbar(x, y, [low, high], fmt=marker, capsize=3, alpha=0.8, label=label)
@@ -63,6 +62,12 @@ def quality_page(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
         else:
             ax.text(0.5, 0.5, f"no policy skips {kind}", ha="center", transform=ax.transAxes)
     _save(figure, path)
+
+
+def _reach(row: Mapping[str, Any], end: str) -> float:
+    """How far the interval reaches from the value, in percent; one window has none."""
+    bound = row[f"ppl_increase_{end}"]
+    return 0.0 if bound is None else 100 * abs(bound - row["ppl_increase"])
 
 
 def _layers(ax: Axes, manifest: Manifest, kind: Kind) -> None:

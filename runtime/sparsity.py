@@ -155,6 +155,8 @@ def at_density(manifest: Manifest, density: float, directory: Path) -> Operating
     a, b = points[max(upper - 1, 0)], points[upper]
     width = _density(b, kind) - _density(a, kind)
     t = (density - _density(a, kind)) / width if width else 1.0
+    if t == 1:
+        return b
 
     def between(x: float | None, y: float | None) -> float | None:
         return None if x is None or y is None else x + t * (y - x)

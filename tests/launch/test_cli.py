@@ -68,7 +68,7 @@ def test_generate_json_is_one_object_on_the_last_line(dejavu, tmp_path):
     assert set(answer["results"][0]) == {"prompt", "text", "token_ids", "finish_reason"}
     assert set(answer) == {
         "results", "ttft_ms", "ms_per_token", "tokens_per_s", "weight_bytes", "gb_per_s",
-        "density", "policy", "tp", "dtype", "device",
+        "density", "policy", "drift", "tp", "dtype", "device",
     }  # fmt: skip
     assert set(answer["ms_per_token"]) == {"mean", "p50", "p99"}
 
@@ -312,7 +312,8 @@ def test_launch_names_the_rank_that_dies_in_the_middle():
     assert err.splitlines()[-1] == f"error: rank 1 (process {killed}) died: SIGKILL"
 
 
-def test_the_demo_is_found_and_streams(dejavu):
+def test_the_demo_shows_dense_and_sparse_side_by_side(dejavu):
     assert (find_model("demo") / "README.md").is_file()
     status, out, _ = dejavu("demo", *CPU)
     assert status == 0 and "stormy night" in out
+    assert "lossless" in out and "predicted" in out and "dejavu train" in out
