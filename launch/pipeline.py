@@ -16,12 +16,13 @@ from dejavu.predictors.calibrate import Target, calibrate
 from dejavu.predictors.collect import collect, trace_bytes
 from dejavu.predictors.corpus import Corpus, read_corpus
 from dejavu.predictors.files import Manifest
-from dejavu.predictors.study import study, study_rows, study_tables
+from dejavu.predictors.study import study
 from dejavu.predictors.train import TrainConfig, train
 from dejavu.profiles.evaluate import Asked, evaluate
 from dejavu.profiles.plots import study_page
 from dejavu.profiles.quality_plots import predictor_page, quality_page
 from dejavu.profiles.records import write_record
+from dejavu.profiles.study_tables import study_rows, study_tables
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sparsity import load_policy
 from dejavu.runtime.weights import find_model

@@ -5,7 +5,7 @@ model's output from dense) and its price (bytes, or density) at each rung. Costs
 the rungs that together cost least for a price are those that a Lagrange multiplier picks one by one. Along
 the multiplier lies a path from sparse to dense; where on it to stop is found by measuring the whole.
 
-Shape legend: n windows, S tokens of a window, m sampled tokens, u neurons or heads of a layer (of all ranks).
+Shape legend: n windows, S tokens of a window.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +13,19 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from dejavu.parallel.collectives import all_gather_last
 from dejavu.predictors.collect import identity
 from dejavu.predictors.corpus import Corpus
 from dejavu.predictors.files import Key, Manifest, OperatingPoint, read_manifest, write_manifest
 from dejavu.predictors.meter import Account, Metered, dense_bytes, sparse_bytes
-from dejavu.predictors.selection import EVERYTHING, KINDS, Choice, Kind, Policy, Truth, Unit
+from dejavu.predictors.samples import Sampler, Samples, UnitKey
+from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Policy, Unit
 from dejavu.profiles.quality import masked, whole_pass
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sparsity import build_policy, check_model
 
 OnProgress = Callable[[str, int, int], None]
-UnitKey = tuple[Kind, int]
 
 # The rungs of the ladder, as densities.
 _RUNGS: Mapping[Kind, tuple[float, ...]] = {
@@ -406,67 +404,3 @@ def _first(thresholds: tuple[float, float | None] | None) -> float | None:
 
 def _second(thresholds: tuple[float, float | None] | None) -> float | None:
     return None if thresholds is None else thresholds[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Of one layer and kind: ``scores``, ``refined`` scores and ``contributions``, each ``[m, u]``."""
-
-    scores: Tensor
-    refined: Tensor | None
-    contributions: Tensor
-
-    def at_densities(self, densities: Sequence[float]) -> list[float]:
-        """The thresholds above which lie these shares of the scores; above that of 1 all that may come."""
-        falling = self.scores.flatten().sort(descending=True).values
-        below_all = float(falling[-1]) - 2 * float(falling[0] - falling[-1]) - 1
-        return [below_all if d == 1 else float(falling[int(d * len(falling))]) for d in densities]
-
-    def at_recall(self, recall: float, *, refined: bool = False) -> float:
-        """The threshold above which lies this share of the live neurons (heads: of the contribution)."""
-        scores = self.refined if refined else self.scores
-        assert scores is not None
-        order = scores.flatten().sort(descending=True)
-        some_are_zero = bool((self.contributions == 0).any())  # neurons; heads never are
-        worth = (self.contributions > 0 if some_are_zero else self.contributions).double()
-        carried = worth.flatten()[order.indices].cumsum(0)
-        last = int((carried < carried[-1] * recall).sum())
-        below = order.values[min(last + 1, len(order.values) - 1)]
-        return float((order.values[min(last, len(order.values) - 1)] + below) / 2)
-
-
-class Sampler(Policy):
-    """Looks on a dense pass and keeps the scores of all units, with the truth."""
-
-    def __init__(self, policy: Policy, engine: Engine) -> None:
-        super().__init__(list(policy.units.values()), policy.num_layers, sharing="mask", dense_until=1)
-        self._engine = engine
-        self._kept: dict[UnitKey, list[tuple[Tensor, ...]]] = {}
-        self._meter = Metered(policy, engine.model)
-
-    def heads(self, layer: int, truth: Truth) -> Choice:
-        return self._look("heads", layer, truth)
-
-    def neurons(self, layer: int, truth: Truth) -> Choice:
-        return self._look("mlp", layer, truth)
-
-    def samples(self) -> dict[UnitKey, Samples]:
-        """What was seen."""
-        result = {}
-        for key, parts in self._kept.items():
-            scores, refined, contributions = (torch.cat(column) for column in zip(*parts, strict=True))
-            has_refined = self.units[key].refine is not None
-            result[key] = Samples(scores, refined if has_refined else None, contributions)
-        return result
-
-    def _look(self, kind: Kind, layer: int, truth: Truth) -> Choice:
-        unit = self.units.get((kind, layer))
-        if unit is None:
-            return None
-        scores = self.scores(unit, truth)
-        refined = scores if unit.refine is None else self.scores(unit.refine, truth)
-        columns = (scores, refined, self._meter.truths[kind, layer](truth()))
-        tp = self._engine.tp
-        kept = tuple(all_gather_last(c.float(), tp)[:, self.dense_until :].flatten(0, 1) for c in columns)
-        self._kept.setdefault((kind, layer), []).append(kept)
-        return None

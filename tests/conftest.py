@@ -16,6 +16,15 @@ from dejavu.runtime.weights import find_model
 RESULTS = Path(__file__).parent.parent / "profiles" / "results"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """As forked ranks have: sums of more threads may round otherwise, and what is small is faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     return AutoTokenizer.from_pretrained(find_model("demo"))

@@ -23,25 +23,13 @@ from dejavu.predictors.corpus import Corpus
 from dejavu.predictors.networks import Random
 from dejavu.predictors.selection import Policy, Tap, Unit
 from dejavu.runtime.engine import Engine
-from models import BASE, KINDS, load_reference, make_model
+from models import BASE, KINDS, load_reference, make_model, windows_of
 from ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS, FFN, HEADS, HEAD_DIM = 2, 64, 4, 8
 THRESHOLDS = {"mlp": 0.6, "heads": 0.4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As a process that was forked has: sums of more threads may round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def windows_of(n, tokens, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, 4000, (n, tokens + 1), generator=generator)
 
 
 def corpus_of(windows, sha256="0" * 64):

@@ -9,9 +9,10 @@ import torch
 
 from dejavu.predictors import study as study_module
 from dejavu.predictors.corpus import Corpus, read_corpus
-from dejavu.predictors.study import judge, observe, study, study_rows, study_tables, trials
+from dejavu.predictors.study import judge, observe, study, trials
 from dejavu.profiles.plots import study_page
 from dejavu.profiles.records import write_record
+from dejavu.profiles.study_tables import study_rows, study_tables
 from dejavu.runtime.engine import Engine
 from models import KINDS, load_reference, make_model, model_of
 from ranks import run_ranks

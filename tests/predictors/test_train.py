@@ -18,26 +18,14 @@ from dejavu.predictors.selection import Tap
 from dejavu.predictors.train import TrainConfig, train
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sampling import SamplingParams
-from models import KINDS, load_reference, make_model
+from models import KINDS, load_reference, make_model, windows_of
 from ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 D, FFN, HEADS, HEAD_DIM = 32, 64, 4, 8
 LAYERS = 2
 QUICK = TrainConfig(rank=8, head_rank=4, epochs=2, batch=64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As each of several ranks has: sums of more threads round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def windows_of(n, tokens, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, 4000, (n, tokens + 1), generator=generator)
 
 
 def collected(tp, directory, windows, out):
@@ -368,7 +356,8 @@ def activations_of(traces, layer):
 
 def test_a_rank_larger_than_fc1_has(tmp_path, model_dir):
     alone(model_dir, None, tmp_path / "out", replace(QUICK, method="svd", rank=40))
-    scorers(tmp_path / "out")
+    for scorer in scorers(tmp_path / "out")[2].values():
+        assert scorer.down.shape == (40, D) and not scorer.down[D:].any() and not scorer.up[:, D:].any()
 
 
 @pytest.mark.parametrize("settings", [{"method": "svd", "rank": D}, {"method": "quantized", "bits": 16}])
@@ -654,7 +643,7 @@ def test_weights_beyond_16_bits_are_not_stored(tmp_path, model_dir, traces_dir, 
 def test_hardly_any_traces(tmp_path, model_dir):
     collected(TPGroup(), model_dir, windows_of(4, 4), tmp_path / "traces")
     alone(model_dir, tmp_path / "traces", tmp_path / "out")
-    scorers(tmp_path / "out")
+    assert len(scorers(tmp_path / "out")[2]) == 2 * LAYERS - 1  # all but the first layer's heads
 
 
 @pytest.mark.parametrize("windows, tokens", [(1, 2), (1, 3), (2, 3)])

@@ -17,21 +17,14 @@ from dejavu.runtime.weights import Checkpoint
 from models import KINDS, load_reference, make_model
 from ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS_HERE = ["pre-norm", "post-norm with projections", "no bias, no affine"]
 VOCABULARY = 128
 LENGTHS = (5, 23, 1)  # of the prompts
 STEPS = 330
 GAPS = (1, WINDOW - 1, WINDOW, WINDOW + 1)
 PROMPTS = ["It was a dark night", "Once", "The old man looked at the sea"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """What is small is faster so, and the ranks have no more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=KINDS_HERE)

@@ -55,6 +55,11 @@ def random_model(seed: int = 0, **overrides) -> OPTForCausalLM:
     return model
 
 
+def windows_of(n: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random windows ``[n, tokens + 1]`` of the demo tokenizer's vocabulary."""
+    return torch.randint(4, 4000, (n, tokens + 1), generator=torch.Generator().manual_seed(seed))
+
+
 def load_reference(directory: Path, dtype=torch.float32) -> OPTForCausalLM:
     """Hugging Face's own model: plain attention in fp32, SDPA in 16 bits, where the plain one overflows."""
     attention = "eager" if dtype == torch.float32 else "sdpa"
