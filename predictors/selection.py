@@ -9,7 +9,7 @@ Shape legend: B batch, S query length, D hidden, N local heads, H head dim, n lo
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -158,6 +158,12 @@ class Unit:
     threshold: float = 0.0
     mean: HeadMean | None = None
     refine: "Unit | None" = None  # chooses again among the chosen
+    predict_name: str = field(init=False)
+    select_name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        block = f"layer.{self.layer}/{'attention' if self.kind == 'heads' else 'mlp'}"
+        self.predict_name, self.select_name = f"{block}/predict", f"{block}/select"
 
 
 Sharing = Literal["union", "each", "mask"]
@@ -208,9 +214,9 @@ class Policy(Selector):
         units = self._by_tap.get(tap)
         if units is None:
             return
-        with nvtx_range(f"{tap}/predict", "predict"):
-            z = standardise(residual)
-            for unit in units:
+        z = standardise(residual)
+        for unit in units:
+            with nvtx_range(unit.predict_name, "predict"):
                 self._scores[id(unit)] = unit.scorer(z)
 
     def heads(self, layer: int, truth: Truth) -> Choice:
@@ -239,7 +245,7 @@ class Policy(Selector):
         unit = self.units.get((kind, layer))
         if unit is None:
             return None
-        with nvtx_range(f"layer.{layer}/{kind}/select", "select"):
+        with nvtx_range(unit.select_name, "select"):
             mask = self._mask(unit, truth)
             if self.sharing == "mask":
                 self.count(unit, mask[:, self.dense_until :], lambda: truth()[:, self.dense_until :])

@@ -2,7 +2,9 @@
 
 The names, outermost first: ``load``; ``prefill`` and ``decode`` (a step); ``embed``, ``layer.N``,
 ``layer.N/attention``, ``layer.N/mlp``, ``head``, ``sample`` (compute); ``all_reduce`` and ``all_gather``
-(collective), inside whatever called them.
+(collective), inside whatever called them; in a sparse step ``layer.N/attention/predict`` and
+``layer.N/mlp/predict`` (where the tap is passed), ``.../select``, ``layer.N/attention/fill`` (kv);
+``verify``, a dense step beside it.
 
 Ranges are off until `enable` is called or ``DEJAVU_NVTX=1`` is set. Off, a range costs one comparison.
 """
