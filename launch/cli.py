@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import torch.distributed as dist
 import typer
@@ -17,7 +17,7 @@ from dejavu.launch.pipeline import COMMANDS
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
-from dejavu.runtime.engine import Engine, FillKV, Generation
+from dejavu.runtime.engine import Engine, Generation
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.sparsity import DENSE
 from dejavu.runtime.weights import DEMO
@@ -82,9 +82,9 @@ def generate(
     )
     if stdin and as_json:
         raise ValueError("--stdin answers in JSON lines by itself: give it without --json")
+    if stdin and verify_every:
+        raise ValueError("--verify-every reports at the end of a run: give it without --stdin")
     prompts = _prompts(prompt, prompt_file, stdin)
-    if fill_kv not in get_args(FillKV):
-        raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {' or '.join(get_args(FillKV))}")
     engine = load_engine(
         model,
         dtype,
@@ -92,7 +92,7 @@ def generate(
         nvtx_ranges,
         sparsity=sparsity,
         density=density,
-        fill_kv=fill_kv,  # type: ignore[arg-type]  # one of the two
+        fill_kv=fill_kv,  # type: ignore[arg-type]  # Engine checks it
     )
     if stdin:
         answer_stream(engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch)

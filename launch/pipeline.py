@@ -1,6 +1,8 @@
 """The commands of contextual sparsity: study, collect, train, calibrate, eval."""
 
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from dejavu.parallel.groups import global_rank, init_tp, pick_device
 from dejavu.predictors.calibrate import Target, calibrate
 from dejavu.predictors.collect import collect, trace_bytes
 from dejavu.predictors.corpus import Corpus, read_corpus
-from dejavu.predictors.files import Manifest
+from dejavu.predictors.files import MANIFEST, Manifest
 from dejavu.predictors.study import study
 from dejavu.predictors.train import TrainConfig, train
 from dejavu.profiles.evaluate import Asked, evaluate
@@ -24,7 +26,7 @@ from dejavu.profiles.quality_plots import predictor_page, quality_page
 from dejavu.profiles.records import write_record
 from dejavu.profiles.study_tables import study_rows, study_tables
 from dejavu.runtime.engine import Engine
-from dejavu.runtime.sparsity import load_policy
+from dejavu.runtime.sparsity import DENSE, LOSSLESS, find_predictors, load_policy
 from dejavu.runtime.weights import find_model
 
 Text = Annotated[Path, typer.Option(help="UTF-8 text; lines <|endoftext|> separate documents.")]
@@ -50,7 +52,7 @@ def study_command(
     as_json: AsJson = False,
 ) -> None:
     """Does this model have contextual sparsity? Tables, study.json and a page of plots."""
-    _check_folder(out)
+    _check_folder(out, name)
     engine = load_engine(model, dtype, device)
     corpus = _corpus(engine, text, window, part, tokens)
     with bar("studying") as progress:
@@ -85,7 +87,7 @@ def collect_command(
             sparsity, engine.model, engine.fingerprint, density=density, sharing="mask", dense_until=1
         )
     )
-    whose = Path(sparsity).name + ("" if density is None else f"@{density:g}")
+    whose = _whose(sparsity, density)
     size = trace_bytes(engine.model.config, corpus.tokens)
     said = f"{corpus.tokens} tokens of {corpus.file}: {out} will have {size / 1e9:.2f} GB"
     stderr().print(said, soft_wrap=True)
@@ -217,7 +219,7 @@ def eval_command(
     as_json: AsJson = False,
 ) -> None:
     """Quality of policies side by side, decoding token by token, each sequence with its own sets."""
-    _check_folder(out)
+    _check_folder(out, name)
     engine = load_engine(model, dtype, device)
     corpus = _corpus(engine, text, window, part, tokens)
     asked = [_asked(spec) for spec in sparsity]
@@ -242,6 +244,15 @@ def _corpus(engine: Engine, text: Path, window: int, part: str, tokens: int | No
     )
 
 
+def _whose(sparsity: str, density: float | None) -> str:
+    """The policy's name, with what tells apart two calibrations of one directory."""
+    if sparsity in (DENSE, LOSSLESS):
+        return sparsity
+    directory = find_predictors(sparsity)
+    digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()[:8]
+    return f"{directory.name} {digest}" + ("" if density is None else f" at {density:g}")
+
+
 def _conditions(engine: Engine, corpus: Corpus) -> dict[str, Any]:
     return {
         "model": engine.name,
@@ -261,18 +272,28 @@ def _command() -> str:
 
 def _without_folders(argument: str) -> str:
     option, equals, value = argument.rpartition("=")
-    is_part = value.replace("/", "").isdigit()  # 1/2
-    return option + equals + (value if is_part else value.rpartition("/")[2] or value)
+    is_path = Path(value.partition("@")[0]).exists() or value.startswith(
+        ("/", "~", ".")
+    )  # not 1/2, not a hub id
+    return option + equals + (value.rstrip("/").rpartition("/")[2] if is_path else value)
 
 
-def _check_folder(out: Path | None) -> None:
-    """Whether results can go there, before the work is done.
+def _check_folder(out: Path | None, name: str) -> None:
+    """Makes the directory for results, before the work is done.
 
     Raises:
-        ValueError: it is no directory.
+        ValueError: it cannot be made or written to, or ``name`` is no plain name.
     """
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is no directory")
+    if "/" in name or not name:
+        raise ValueError(f"name={name!r} is no plain name: the folder belongs into --out")
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"cannot make the directory {out}: {e.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"cannot write to {out}")
 
 
 def _asked(spec: str) -> Asked:

@@ -197,9 +197,10 @@ class Calibration:
                 path = _path({key: rungs for key, rungs in ladders.items() if key[0] == kind})
                 position, reached = self._stop(path, _denser(kind, density), (kind,))
                 got = reached.mlp_density if kind == "mlp" else reached.head_density
-                if got > density * 1.1:
+                if not density * 0.9 <= got <= density * 1.1:
+                    most = "least" if got > density else "most"
                     raise ValueError(
-                        f"a mean density of {density:g} of {kind} is out of reach: {got:.4f} is least"
+                        f"a mean density of {density:g} of {kind} is out of reach: {got:.4f} is {most}"
                     )
                 positions[kind] = (path, position)
         default = self.measure(self._setting(positions))

@@ -43,7 +43,7 @@ _STEPS, _MIDDLE = 8, 128
 
 
 class TracesInfo(BaseModel):
-    """All of ``traces.json``. ``begin`` are the starts of the neuron and head slices that were written."""
+    """All of ``traces.json``; ``ranks`` wrote a slice of the neurons and heads each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -127,8 +127,7 @@ def collect(
         last = min(first + _BATCH, windows)
         if last % _NOTE_EVERY == 0:
             tp.agree(recorder.flush)
-            if tp.rank == 0:
-                write_file(partial / PROGRESS, json.dumps({"windows": last}))
+            tp.agree(lambda last=last: _note(partial, last) if tp.rank == 0 else None)  # type: ignore[misc]
         if on_progress is not None:
             on_progress(last, windows)
     tp.agree(recorder.flush)
@@ -153,7 +152,7 @@ def _run(engine: Engine, token_ids: Tensor, recorder: "Recorder") -> None:
     cache = engine.model.empty_cache(*token_ids.shape)
     step = cache.prompt(token_ids.shape[1])
     engine.model(engine.model.embed(token_ids, step.positions), cache, step, recorder)
-    recorder.advance(len(token_ids))
+    recorder.advance()
 
 
 def _begin(info: TracesInfo, config: OPTConfig, out: Path, partial: Path, tp: TPGroup) -> int:
@@ -176,6 +175,11 @@ def _begin(info: TracesInfo, config: OPTConfig, out: Path, partial: Path, tp: TP
         partial.mkdir(parents=True, exist_ok=True)
         write_file(partial / TRACES, info.model_dump_json(indent=1) + "\n")
     return 0
+
+
+def _note(partial: Path, windows: int) -> None:
+    """So many windows are on the disk, on every rank's."""
+    write_file(partial / PROGRESS, json.dumps({"windows": windows}))
 
 
 def _finish(info: TracesInfo, out: Path, partial: Path, tp: TPGroup) -> None:
@@ -233,8 +237,8 @@ class Recorder(Selector):
         self._write(f"neurons[{layer}]", encode(truth()))
         return self.inner.neurons(layer, truth)
 
-    def advance(self, windows: int) -> None:
-        """So many windows are written."""
+    def advance(self) -> None:
+        """The pass is written."""
         self._first += self._rows
 
     def flush(self) -> None:

@@ -92,7 +92,7 @@ class Descent:
         parameters = [p.requires_grad_() for p in network.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
+            optimizer, self.lr, total_steps=steps, pct_start=max(0.05, 2 / steps), cycle_momentum=False
         )
         order = torch.empty(0, dtype=torch.int64)
         for step in range(steps):

@@ -28,8 +28,10 @@ class Samples:
     def at_densities(self, densities: Sequence[float]) -> list[float]:
         """The thresholds above which lie these shares of the scores; above that of 1 all that may come."""
         falling = self.scores.flatten().sort(descending=True).values
-        below_all = float(falling[-1]) - 2 * float(falling[0] - falling[-1]) - 1
-        return [below_all if d == 1 else float(falling[int(d * len(falling))]) for d in densities]
+        return [
+            _below(falling, len(falling) - 1) if d == 1 else float(falling[int(d * len(falling))])
+            for d in densities
+        ]
 
     def at_recall(self, recall: float, *, refined: bool = False) -> float:
         """The threshold above which lies this share of the live neurons (heads: of the contribution)."""
@@ -40,8 +42,17 @@ class Samples:
         worth = (self.contributions > 0 if some_are_zero else self.contributions).double()
         carried = worth.flatten()[order.indices].cumsum(0)
         last = int((carried < carried[-1] * recall).sum())
-        below = order.values[min(last + 1, len(order.values) - 1)]
-        return float((order.values[min(last, len(order.values) - 1)] + below) / 2)
+        return _below(order.values, min(last, len(order.values) - 1))
+
+
+def _below(falling: Tensor, i: int) -> float:
+    """A threshold that lets entry ``i`` and its equals through, half way to the next smaller one; below the
+    smallest, well below what other text may bring."""
+    value = falling[i]
+    smaller = falling[falling < value]
+    if len(smaller) == 0:
+        return float(value - 2 * (falling[0] - value) - 1)
+    return float((value + smaller[0]) / 2)
 
 
 class Sampler(Policy):

@@ -179,7 +179,7 @@ class Policy(Selector):
         sharing: when decoding, whether the neurons of a batch are the ``union`` over its live sequences or
             ``each`` sequence has its own (the semantics of batch 1); ``mask``: a set for every token of a
             pass over whole texts.
-        dense_until: positions before it are computed in full, as those of a prompt.
+        dense_until: with ``mask``, positions before it are computed in full, as those of a prompt.
     """
 
     def __init__(

@@ -51,6 +51,7 @@ from dejavu.runtime.weights import Checkpoint, fingerprint
 OnProgress = Callable[[int, int], None]
 Lookahead = Literal["none", "half", "one", "two"]
 _HALVES: Mapping[Lookahead, int] = {"none": 0, "half": 1, "one": 2, "two": 4}
+_OF_FC1 = ("svd", "sign", "lsh", "quantized")
 _PLAN = "plan.json"
 # Traces of a layer up to this size are held on the device; larger ones stay mapped.
 _RESIDENT_BYTES = 2**33
@@ -95,8 +96,13 @@ class TrainConfig:
             raise ValueError(f"method={self.method!r} is unknown: use {', '.join(get_args(Method))}")
         if not self.kinds or not set(self.kinds) <= set(KINDS) or len(set(self.kinds)) < len(self.kinds):
             raise ValueError(f"kinds={self.kinds}: expected one or both of {' and '.join(KINDS)}")
-        if self.refine_bits is not None and self.method in ("static", "random", "oracle"):
-            raise ValueError(f"refine_bits={self.refine_bits}: {self.method} has no second stage")
+        no_scores = self.method in ("static", "random", "oracle")
+        if self.refine_bits is not None and (no_scores or "mlp" not in self.kinds):
+            raise ValueError(f"refine_bits={self.refine_bits} is for predictors of the MLP that read a tap")
+        if self.bits != 16 and (no_scores or self.method in ("sign", "lsh")):
+            raise ValueError(f"bits={self.bits}: {self.method} has no weights to store in fewer bits")
+        if self.kinds == ("heads",) and self.method in _OF_FC1:
+            raise ValueError(f"method={self.method} is made of fc1 and cannot choose heads")
         if self.labels not in ("contribution", "paper"):
             raise ValueError(f"labels={self.labels!r} is unknown: use contribution or paper")
         for name, allowed in (("bits", (2, 3, 4, 8, 16)), ("refine_bits", (None, 2, 3, 4, 8))):
@@ -117,8 +123,7 @@ class TrainConfig:
     def entry(self, kind: Kind, layer: int, num_layers: int) -> Entry:
         """How the manifest describes the predictor of one layer and kind."""
         tap = Tap("mlp_in" if kind == "mlp" else "attn_in", layer).shift(-_HALVES[self.lookahead])
-        from_fc1 = self.method in ("svd", "sign", "lsh", "quantized")
-        if kind == "heads" and (from_fc1 or (tap.layer < 0 and layer == 0)):
+        if kind == "heads" and (self.method in _OF_FC1 or (tap.layer < 0 and layer == 0)):
             return Entry(kind=kind, layer=layer, dense=True, method=self.method)
         if self.method in ("static", "random", "oracle"):
             return Entry(kind=kind, layer=layer, method=self.method, seed=self.seed)
@@ -268,6 +273,10 @@ class Recipe:
             raise ValueError(f"{traces_dir} are traces of another model than {model_dir}")
         if traces is None and config.method in ("predicted", "static"):
             raise ValueError(f"method {config.method} needs --traces")
+        if traces is not None and config.method in ("sign", "lsh", "quantized", "random"):
+            raise ValueError(f"method {config.method} makes nothing of traces: leave --traces out")
+        if start is not None and config.method != "predicted":
+            raise ValueError(f"method {config.method} is not trained and starts from nothing")
         start_manifest = None if start is None else read_manifest(start)
         start_tensors = None
         if start is not None and start_manifest is not None:
@@ -362,7 +371,7 @@ class Recipe:
                 tensors["scores"] = self._mean_contributions(entry, weights, mean)
         if entry.refine is not None:
             tensors |= pack("refine.weight", weights.fc1, entry.refine.bits)
-            tensors["refine.bias"] = weights.bias
+            tensors["refine.bias"] = weights.bias.clone()
         return {f"{entry.name}.{name}": tensor for name, tensor in tensors.items()}
 
     def _trained(self, entry: Entry, weights: LayerWeights, mean: Tensor | None) -> LowRank:

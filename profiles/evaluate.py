@@ -148,25 +148,26 @@ def _accounts(engine: Engine, corpus: Corpus, asked: Asked, prefix: int, decoded
         (accounts[key].live if (key := ("mlp", layer)) in accounts else 1.0)  # type: ignore[index]
         for layer in range(model.num_layers)
     )
-    row |= _shares(entries, accounts, model, "")
+    row |= _shares(entries, accounts, model, model.num_layers, "")
     scaled = [_scaled(e) for e in entries]
-    return row | _shares(scaled, accounts, OPT_175B, "_opt_175b")
+    return row | _shares(scaled, accounts, OPT_175B, model.num_layers, "_opt_175b")
 
 
 def _shares(
     entries: Sequence[Entry],
     accounts: Mapping[tuple[Kind, int], Account],
     model: ModelIdentity,
+    layers: int,
     suffix: str,
 ) -> dict[str, float]:
     """What is read of the MLPs, and of MLPs and attention together, as a share of dense; and by predictors.
 
-    A lossless policy has accounts and no entries: it reads fc1 in full, and the live rows of fc2.
+    ``model`` gives the sizes, ``layers`` is how many were measured. A lossless policy has accounts and no
+    entries: it reads fc1 in full, and the live rows of fc2.
     """
     by_key = {(e.kind, e.layer): e for e in entries}
     read: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
     predictor = []
-    layers = len({e.layer for e in entries}) or 1 + max((layer for _, layer in accounts), default=0)
     for kind in KINDS:
         for layer in range(layers):
             account, entry = accounts.get((kind, layer)), by_key.get((kind, layer))

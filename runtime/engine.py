@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,9 +35,10 @@ class Generation:
     Times are the host's, from token to token as a user sees them. ``ttft_ms`` is the prefill up to the first
     token, the mean over batches; ``ms_per_token`` (mean, p50, p99) is a decode step of the whole batch, None
     if there was none. ``tokens_per_s`` counts the new tokens of all sequences over the whole time.
-    ``weight_bytes`` is what one rank reads of the weights in a step (predictors included), ``gb_per_s`` that
-    over the mean step. ``density`` is the share of neurons and heads computed, the mean over decode steps,
-    layers and ranks; ``drift`` what re-checking found, None if nothing was re-checked.
+    ``weight_bytes`` is what one rank reads of the weights in a step (predictors included; heads as if each
+    sequence were alone and keys and values lazy), ``gb_per_s`` that over the mean step. ``density`` is the
+    share of neurons and heads computed, the mean over decode steps, layers and ranks; ``drift`` what
+    re-checking found, None if nothing was re-checked.
     """
 
     results: list[Result]
@@ -122,6 +123,8 @@ class Engine:
         self.tp = tp
         self.fingerprint = fingerprint
         self.policy = policy
+        if fill_kv not in get_args(FillKV):
+            raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {' or '.join(get_args(FillKV))}")
         self.fill_kv: FillKV = fill_kv
         self.name = name
         self.dtype = str(model.dtype).removeprefix("torch.")

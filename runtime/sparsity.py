@@ -36,8 +36,8 @@ def load_policy(
     Args:
         spec: ``dense``; ``lossless``: fc1 in full, then only the rows of fc2 whose neuron is live; a
             directory of calibrated predictors, or ``demo`` for the embedded model's.
-        density: the mean MLP density to move to, between the calibrated points (without predictors of the
-            MLP: the mean head density); None is the default point.
+        density: the mean MLP density to move to, between the calibrated points (where all MLPs are dense:
+            the mean head density); None is the default point.
         sharing, dense_until: see `Policy`.
 
     Raises:
@@ -144,7 +144,8 @@ def at_density(manifest: Manifest, density: float, directory: Path) -> Operating
     Raises:
         ValueError: the density is outside what was calibrated.
     """
-    kind: Kind = "mlp" if manifest.of("mlp") else "heads"
+    some_mlp_is_sparse = any(t is not None for p in manifest.points for t in p.thresholds["mlp"])
+    kind: Kind = "mlp" if some_mlp_is_sparse else "heads"
     points = sorted(manifest.points, key=lambda p: _density(p, kind))
     low, high = _density(points[0], kind), _density(points[-1], kind)
     if not low <= density <= high:
