@@ -271,29 +271,25 @@ def _command() -> str:
 
 
 def _without_folders(argument: str) -> str:
+    """Hub ids and parts (1/2) have slashes too, but are no paths."""
     option, equals, value = argument.rpartition("=")
-    is_path = Path(value.partition("@")[0]).exists() or value.startswith(
-        ("/", "~", ".")
-    )  # not 1/2, not a hub id
+    path = Path(value.partition("@")[0])
+    is_path = path.is_absolute() or value.startswith(("~", ".")) or path.exists()
     return option + equals + (value.rstrip("/").rpartition("/")[2] if is_path else value)
 
 
 def _check_folder(out: Path | None, name: str) -> None:
-    """Makes the directory for results, before the work is done.
+    """Whether results can be written there, before the work is done.
 
     Raises:
-        ValueError: it cannot be made or written to, or ``name`` is no plain name.
+        ValueError: they can't, or ``name`` is no plain name.
     """
     if "/" in name or not name:
         raise ValueError(f"name={name!r} is no plain name: the folder belongs into --out")
-    if out is None:
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"cannot make the directory {out}: {e.strerror}") from None
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"cannot write to {out}")
+    if out is not None:
+        there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"cannot write to {out}: {there} is no directory, or not a writable one")
 
 
 def _asked(spec: str) -> Asked:

@@ -3,6 +3,7 @@
 Shape legend: T tokens, b tokens of a batch, D hidden, F ffn, N heads, H head dim, n neurons or heads, r rank.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,9 @@ class Descent:
         shuffle = torch.Generator().manual_seed(self.seed)
         parameters = [p.requires_grad_() for p in network.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr, total_steps=steps, pct_start=max(0.05, 2 / steps), cycle_momentum=False
+        rise = max(1, steps // 20)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: min(1, (s + 1) / rise) * (1 + math.cos(math.pi * s / steps)) / 2
         )
         order = torch.empty(0, dtype=torch.int64)
         for step in range(steps):

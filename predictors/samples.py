@@ -28,10 +28,9 @@ class Samples:
     def at_densities(self, densities: Sequence[float]) -> list[float]:
         """The thresholds above which lie these shares of the scores; above that of 1 all that may come."""
         falling = self.scores.flatten().sort(descending=True).values
-        return [
-            _below(falling, len(falling) - 1) if d == 1 else float(falling[int(d * len(falling))])
-            for d in densities
-        ]
+        nothing = float(falling[0] + 0.001 * (falling[0] - falling[-1]))
+        counts = [int(density * len(falling)) for density in densities]
+        return [_below(falling, count - 1) if count else nothing for count in counts]
 
     def at_recall(self, recall: float, *, refined: bool = False) -> float:
         """The threshold above which lies this share of the live neurons (heads: of the contribution)."""
@@ -46,13 +45,13 @@ class Samples:
 
 
 def _below(falling: Tensor, i: int) -> float:
-    """A threshold that lets entry ``i`` and its equals through, half way to the next smaller one; below the
-    smallest, well below what other text may bring."""
+    """A threshold that lets entry ``i`` and its equals through: half way to the next smaller one, for a score
+    at the threshold would fall on either side by rounding; below the smallest, well below it."""
     value = falling[i]
-    smaller = falling[falling < value]
-    if len(smaller) == 0:
+    smaller = int((falling >= value).sum())
+    if smaller == len(falling):
         return float(value - 2 * (falling[0] - value) - 1)
-    return float((value + smaller[0]) / 2)
+    return float((value + falling[smaller]) / 2)
 
 
 class Sampler(Policy):

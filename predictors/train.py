@@ -273,10 +273,8 @@ class Recipe:
             raise ValueError(f"{traces_dir} are traces of another model than {model_dir}")
         if traces is None and config.method in ("predicted", "static"):
             raise ValueError(f"method {config.method} needs --traces")
-        if traces is not None and config.method in ("sign", "lsh", "quantized", "random"):
+        if traces is not None and config.method in ("sign", "lsh", "quantized"):
             raise ValueError(f"method {config.method} makes nothing of traces: leave --traces out")
-        if start is not None and config.method != "predicted":
-            raise ValueError(f"method {config.method} is not trained and starts from nothing")
         start_manifest = None if start is None else read_manifest(start)
         start_tensors = None
         if start is not None and start_manifest is not None:
@@ -291,6 +289,8 @@ class Recipe:
             )
         recipe = cls(config, model, architecture, checkpoint, traces, start_tensors, start_manifest, device)
         recipe._check_start()
+        if start is not None and config.method != "predicted":
+            raise ValueError(f"method {config.method} is not trained and starts from nothing")
         return recipe
 
     @property

@@ -144,8 +144,8 @@ def at_density(manifest: Manifest, density: float, directory: Path) -> Operating
     Raises:
         ValueError: the density is outside what was calibrated.
     """
-    some_mlp_is_sparse = any(t is not None for p in manifest.points for t in p.thresholds["mlp"])
-    kind: Kind = "mlp" if some_mlp_is_sparse else "heads"
+    in_use = any(t is not None for p in manifest.points for t in p.thresholds["mlp"])
+    kind: Kind = "mlp" if manifest.of("mlp") and in_use else "heads"
     points = sorted(manifest.points, key=lambda p: _density(p, kind))
     low, high = _density(points[0], kind), _density(points[-1], kind)
     if not low <= density <= high:

@@ -365,7 +365,7 @@ def test_traces_of_a_sparse_run_name_no_folder(small, tmp_path):
     given = ["--model", small / "model", "--text", tmp_path / "text.txt", "--window", 16]
     out = tmp_path / "traces"
     assert dejavu("collect", *given, "--sparsity", small / "calibrated", "--out", out, *CPU)[0] == 0
-    assert json.loads((out / "traces.json").read_text())["sparsity"] == "calibrated"
+    assert json.loads((out / "traces.json").read_text())["sparsity"].split()[0] == "calibrated"
 
 
 def test_a_collection_begun_at_another_density_is_not_gone_on_with(small, tmp_path, monkeypatch):
