@@ -19,7 +19,7 @@ from dejavu.predictors.collect import identity
 from dejavu.predictors.corpus import Corpus
 from dejavu.predictors.files import Key, Manifest, OperatingPoint, read_manifest, write_manifest
 from dejavu.predictors.meter import Account, Metered, dense_bytes, sparse_bytes
-from dejavu.predictors.samples import Sampler, Samples, UnitKey
+from dejavu.predictors.samples import Samples, ScoreKeeper, UnitKey
 from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Policy, Unit
 from dejavu.profiles.quality import masked, whole_pass
 from dejavu.runtime.engine import Engine
@@ -253,13 +253,13 @@ class Calibration:
 
     def _sample(self) -> dict[UnitKey, "Samples"]:
         """Scores and truths of some tokens of the dense run, of every layer."""
-        sampler = Sampler(self.policy, self.engine)
+        keeper = ScoreKeeper(self.policy, self.engine)
         per_token = sum(self.model.size(kind) * 4 for kind, _ in self.policy.units)
         tokens = max(64, _SAMPLES // max(per_token, 1))
         n = max(1, min(len(self.search), tokens // self.search.shape[1]))
         for window in self.search[:n].split(8):
-            whole_pass(self.engine, window[:, :-1].to(self.engine.tp.device), sampler)
-        return sampler.samples()
+            whole_pass(self.engine, window[:, :-1].to(self.engine.tp.device), keeper)
+        return keeper.samples()
 
     def _ladders(self, *, by_bytes: bool) -> dict[UnitKey, list[Rung]]:
         """Every layer alone at every rung, and dense."""

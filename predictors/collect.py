@@ -120,17 +120,17 @@ def collect(
     )
     partial = out.with_name(out.name + ".partial")
     done = tp.agree(lambda: _begin(info, model.config, out, partial, tp))
-    recorder = tp.agree(lambda: Recorder(engine.policy or EVERYTHING, partial, info, model.config, tp))
+    writer = tp.agree(lambda: TraceWriter(engine.policy or EVERYTHING, partial, info, model.config, tp))
     for first in range(done, windows, _BATCH):
         batch = corpus.windows[first : first + _BATCH, :-1].to(tp.device)
-        _run(engine, batch, recorder)
+        _run(engine, batch, writer)
         last = min(first + _BATCH, windows)
         if last % _NOTE_EVERY == 0:
-            tp.agree(recorder.flush)
+            tp.agree(writer.flush)
             tp.agree(lambda last=last: _note(partial, last) if tp.rank == 0 else None)  # type: ignore[misc]
         if on_progress is not None:
             on_progress(last, windows)
-    tp.agree(recorder.flush)
+    tp.agree(writer.flush)
     tp.agree(lambda: _finish(info, out, partial, tp))
     return info
 
@@ -148,11 +148,11 @@ def identity(engine: Engine) -> ModelIdentity:
 
 
 @torch.inference_mode()
-def _run(engine: Engine, token_ids: Tensor, recorder: "Recorder") -> None:
+def _run(engine: Engine, token_ids: Tensor, writer: "TraceWriter") -> None:
     cache = engine.model.empty_cache(*token_ids.shape)
     step = cache.prompt(token_ids.shape[1])
-    engine.model(engine.model.embed(token_ids, step.positions), cache, step, recorder)
-    recorder.advance()
+    engine.model(engine.model.embed(token_ids, step.positions), cache, step, writer)
+    writer.advance()
 
 
 def _begin(info: TracesInfo, config: OPTConfig, out: Path, partial: Path, tp: TPGroup) -> int:
@@ -188,7 +188,7 @@ def _finish(info: TracesInfo, out: Path, partial: Path, tp: TPGroup) -> None:
         partial.rename(out)
 
 
-class Recorder(Selector):
+class TraceWriter(Selector):
     """Lets another selector choose, and writes down the taps and the truth."""
 
     def __init__(

@@ -54,7 +54,7 @@ def _below(falling: Tensor, i: int) -> float:
     return float((value + falling[smaller]) / 2)
 
 
-class Sampler(Policy):
+class ScoreKeeper(Policy):
     """Looks on a dense pass and keeps the scores of all units, with the truth."""
 
     def __init__(self, policy: Policy, engine: Engine) -> None:
