@@ -23,7 +23,7 @@ from dejavu.predictors.train import TrainConfig, train
 from dejavu.profiles.evaluate import Asked, evaluate
 from dejavu.profiles.plots import study_page
 from dejavu.profiles.quality_plots import predictor_page, quality_page
-from dejavu.profiles.records import write_record
+from dejavu.profiles.records import existing_folder, write_record
 from dejavu.profiles.study_tables import study_rows, study_tables
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sparsity import DENSE, LOSSLESS, find_predictors, load_policy
@@ -287,7 +287,7 @@ def _check_folder(out: Path | None, name: str) -> None:
     if "/" in name or not name:
         raise ValueError(f"name={name!r} is no plain name: the folder belongs into --out")
     if out is not None:
-        there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+        there = existing_folder(out)
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"cannot write to {out}: {there} is no directory, or not a writable one")
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dejavu.predictors.collect import identity
 from dejavu.predictors.corpus import Corpus
 from dejavu.predictors.files import Key, Manifest, OperatingPoint, read_manifest, write_manifest
 from dejavu.predictors.meter import Account, Metered, dense_bytes, sparse_bytes
@@ -23,7 +22,7 @@ from dejavu.predictors.samples import Samples, ScoreKeeper, UnitKey
 from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Policy, Unit
 from dejavu.profiles.quality import masked, whole_pass
 from dejavu.runtime.engine import Engine
-from dejavu.runtime.sparsity import build_policy, check_model
+from dejavu.runtime.sparsity import build_policy, check_model, identity
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -166,7 +165,7 @@ class Calibration:
         on_progress: OnProgress | None,
     ) -> None:
         self.engine, self.windows, self.policy = engine, windows, policy
-        self.model = identity(engine)
+        self.model = identity(engine.model.config, engine.fingerprint)
         self.entries = {(e.kind, e.layer): e for e in manifest.entries if not e.dense}
         self.on_progress = on_progress
         window = windows.shape[1] - 1

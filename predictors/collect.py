@@ -21,16 +21,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.corpus import Corpus
-from dejavu.predictors.files import ModelIdentity, Source
+from dejavu.predictors.files import ModelIdentity, Source, Strict, damage
 from dejavu.predictors.selection import EVERYTHING, Choice, Selector, Tap, Truth, standardise
-from dejavu.profiles.records import write_file
+from dejavu.profiles.records import existing_folder, write_file
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.engine import Engine
+from dejavu.runtime.sparsity import identity
 
 OnProgress = Callable[[int, int], None]
 TRACES, PROGRESS = "traces.json", "progress.json"
@@ -42,10 +43,8 @@ _NOTE_EVERY = 64
 _STEPS, _MIDDLE = 8, 128
 
 
-class TracesInfo(BaseModel):
+class TracesInfo(Strict):
     """All of ``traces.json``; ``ranks`` wrote a slice of the neurons and heads each."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
     model: ModelIdentity
@@ -109,7 +108,7 @@ def collect(
     tp, model = engine.tp, engine.model
     windows, window = corpus.windows.shape[0], corpus.windows.shape[1] - 1
     info = TracesInfo(
-        model=identity(engine),
+        model=identity(model.config, engine.fingerprint),
         source=corpus.source("train"),
         sparsity=sparsity,
         dtype=engine.dtype,
@@ -120,7 +119,7 @@ def collect(
     )
     partial = out.with_name(out.name + ".partial")
     done = tp.agree(lambda: _begin(info, model.config, out, partial, tp))
-    writer = tp.agree(lambda: TraceWriter(engine.policy or EVERYTHING, partial, info, model.config, tp))
+    writer = tp.agree(lambda: TraceWriter(engine.policy or EVERYTHING, partial, info, model.config, tp, done))
     for first in range(done, windows, _BATCH):
         batch = corpus.windows[first : first + _BATCH, :-1].to(tp.device)
         _run(engine, batch, writer)
@@ -131,20 +130,8 @@ def collect(
         if on_progress is not None:
             on_progress(last, windows)
     tp.agree(writer.flush)
-    tp.agree(lambda: _finish(info, out, partial, tp))
+    tp.agree(lambda: _finish(out, partial) if tp.rank == 0 else None)
     return info
-
-
-def identity(engine: Engine) -> ModelIdentity:
-    """What predictors and traces know a model by."""
-    config = engine.model.config
-    return ModelIdentity(
-        fingerprint=engine.fingerprint,
-        hidden_size=config.hidden_size,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-    )
 
 
 @torch.inference_mode()
@@ -168,8 +155,7 @@ def _begin(info: TracesInfo, config: OPTConfig, out: Path, partial: Path, tp: TP
         return int(json.loads(progress.read_text())["windows"]) if progress.is_file() else 0
     if tp.rank == 0:
         needed = trace_bytes(config, info.tokens)
-        existing = next(p for p in (out.absolute().parent, *out.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(existing_folder(out)).free
         if free < needed:
             raise ValueError(f"{out} needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left")
         partial.mkdir(parents=True, exist_ok=True)
@@ -182,21 +168,19 @@ def _note(partial: Path, windows: int) -> None:
     write_file(partial / PROGRESS, json.dumps({"windows": windows}))
 
 
-def _finish(info: TracesInfo, out: Path, partial: Path, tp: TPGroup) -> None:
-    if tp.rank == 0:
-        (partial / PROGRESS).unlink(missing_ok=True)
-        partial.rename(out)
+def _finish(out: Path, partial: Path) -> None:
+    (partial / PROGRESS).unlink(missing_ok=True)
+    partial.rename(out)
 
 
 class TraceWriter(Selector):
-    """Lets another selector choose, and writes down the taps and the truth."""
+    """Lets another selector choose, and writes down the taps and the truth, from window ``done`` on."""
 
     def __init__(
-        self, inner: Selector, directory: Path, info: TracesInfo, config: OPTConfig, tp: TPGroup
+        self, inner: Selector, directory: Path, info: TracesInfo, config: OPTConfig, tp: TPGroup, done: int
     ) -> None:
         self.inner = inner
-        self._first = 0
-        self._resume_at(directory, info)
+        self._first = done * (info.window - 1)
         T, D, H = info.tokens, config.hidden_size, config.head_dim
         self._files: dict[str, np.memmap[Any, Any]] = {}
         for layer in range(config.num_layers):
@@ -214,11 +198,6 @@ class TraceWriter(Selector):
                 (T, heads.stop - heads.start, H),
                 np.float16,
             )
-
-    def _resume_at(self, directory: Path, info: TracesInfo) -> None:
-        progress = directory / PROGRESS
-        if progress.is_file():
-            self._first = int(json.loads(progress.read_text())["windows"]) * (info.window - 1)
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
         self._rows = (positions.shape[1] - 1) * len(positions)
@@ -285,8 +264,7 @@ def read_info(directory: Path) -> TracesInfo:
         unfinished = f" ({partial.name} is not finished: collect again)" if partial.exists() else ""
         raise ValueError(f"{directory} is no directory of traces: it has no {TRACES}{unfinished}") from None
     except ValidationError as e:
-        error = e.errors()[0]
-        raise ValueError(f"{path} is damaged: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+        raise damage(path, e) from None
 
 
 class Traces:

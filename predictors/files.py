@@ -30,11 +30,13 @@ Key = Literal["mlp", "heads", "refine"]
 Bits = Literal[2, 3, 4, 8, 16]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What a file of ours holds: no field more, no number that is not finite."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelIdentity(_Strict):
+class ModelIdentity(Strict):
     """Whose predictors they are. ``fingerprint`` is a hash of the architecture and of sampled fc1 rows."""
 
     fingerprint: str
@@ -48,7 +50,7 @@ class ModelIdentity(_Strict):
         return self.ffn_dim if kind == "mlp" else self.num_heads
 
 
-class Entry(_Strict):
+class Entry(Strict):
     """How the neurons or heads of one layer are chosen; ``dense``: they are not, all are computed."""
 
     kind: Kind
@@ -87,7 +89,7 @@ def _matrix_bytes(rows: int, columns: int, bits: int) -> float:
     return rows * (columns * bits / 8 + (0 if bits == 16 else 2 * groups))
 
 
-class OperatingPoint(_Strict):
+class OperatingPoint(Strict):
     """One calibrated setting: a threshold for each layer and kind (None: dense), and what it measured.
 
     ``refine`` are the thresholds of the second stages. Densities are means over tokens and layers.
@@ -100,7 +102,7 @@ class OperatingPoint(_Strict):
     kl: float
 
 
-class Source(_Strict):
+class Source(Strict):
     """A text that was used: ``file``, the hash of all of it, and which characters of it."""
 
     use: Literal["train", "calibrate"]
@@ -111,7 +113,7 @@ class Source(_Strict):
     tokens: int
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """All of ``manifest.json``."""
 
     format: Literal[1] = 1
@@ -142,11 +144,16 @@ def read_manifest(directory: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{directory} is no directory of predictors: it has no {MANIFEST}") from None
     except ValidationError as e:
-        error = e.errors()[0]
-        where = ".".join(map(str, error["loc"])) or "the file"
-        raise ValueError(f"{path} is damaged: {where}: {error['msg']}") from None
+        raise damage(path, e) from None
     _check(manifest, path)
     return manifest
+
+
+def damage(path: Path, error: ValidationError) -> ValueError:
+    """What is wrong with a file, in one line: the first thing that is."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return ValueError(f"{path} is damaged: {where}: {first['msg']}")
 
 
 def _check(manifest: Manifest, path: Path) -> None:

@@ -278,7 +278,7 @@ class Policy(Selector):
 
     def count(self, unit: Unit, mask: Tensor, truth: Truth) -> None:
         """Keeps account of what was chosen; what an instrument overrides to learn more."""
-        rows = torch.tensor(mask[..., 0].numel(), device=mask.device)
+        rows: Tensor | int = mask[..., 0].numel()
         if mask.dim() > 1 and self._alive is not None:
             rows = self._alive.sum()
         total, n = self._chosen.get((unit.kind, unit.layer), (0, 0))

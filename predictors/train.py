@@ -46,6 +46,7 @@ from dejavu.predictors.networks import LowRank, fold_norm, low_rank_of
 from dejavu.predictors.selection import KINDS, Kind, Tap
 from dejavu.profiles.records import write_file
 from dejavu.runtime.config import OPTConfig
+from dejavu.runtime.sparsity import identity
 from dejavu.runtime.weights import Checkpoint, fingerprint
 
 OnProgress = Callable[[int, int], None]
@@ -120,7 +121,7 @@ class TrainConfig:
                 "expected epochs up to 1000, lr below 1, weighting of 0 to 4"
             )
 
-    def entry(self, kind: Kind, layer: int, num_layers: int) -> Entry:
+    def entry(self, kind: Kind, layer: int) -> Entry:
         """How the manifest describes the predictor of one layer and kind."""
         tap = Tap("mlp_in" if kind == "mlp" else "attn_in", layer).shift(-_HALVES[self.lookahead])
         if kind == "heads" and (self.method in _OF_FC1 or (tap.layer < 0 and layer == 0)):
@@ -261,13 +262,7 @@ class Recipe:
         """Checks that all of it belongs together. Raises: see `train`."""
         architecture = OPTConfig.from_json(model_dir / "config.json")
         checkpoint = Checkpoint(model_dir)
-        model = ModelIdentity(
-            fingerprint=fingerprint(architecture, checkpoint),
-            hidden_size=architecture.hidden_size,
-            ffn_dim=architecture.ffn_dim,
-            num_layers=architecture.num_layers,
-            num_heads=architecture.num_heads,
-        )
+        model = identity(architecture, fingerprint(architecture, checkpoint))
         traces = None if traces_dir is None else Traces(traces_dir)
         if traces is not None and traces.info.model != model:
             raise ValueError(f"{traces_dir} are traces of another model than {model_dir}")
@@ -281,13 +276,11 @@ class Recipe:
             if start_manifest.model != model:
                 raise ValueError(f"{start} is of another model than {model_dir}")
             start_tensors = PredictorTensors(start, model, TPGroup())
-        L = architecture.num_layers
-        entries = [config.entry(kind, layer, L) for kind in config.kinds for layer in range(L)]
-        if unknown := set(config.ranks) - {entry.name for entry in entries if entry.rank is not None}:
+        recipe = cls(config, model, architecture, checkpoint, traces, start_tensors, start_manifest, device)
+        if unknown := set(config.ranks) - {entry.name for entry in recipe.entries if entry.rank is not None}:
             raise ValueError(
                 f"there is no predictor {min(unknown)} that has a rank: they are called KIND.LAYER, as mlp.0"
             )
-        recipe = cls(config, model, architecture, checkpoint, traces, start_tensors, start_manifest, device)
         recipe._check_start()
         if start is not None and config.method != "predicted":
             raise ValueError(f"method {config.method} is not trained and starts from nothing")
@@ -296,8 +289,8 @@ class Recipe:
     @property
     def entries(self) -> list[Entry]:
         """All of the manifest's."""
-        L = self.model.num_layers
-        return [self.config.entry(kind, layer, L) for kind in self.config.kinds for layer in range(L)]
+        layers = range(self.model.num_layers)
+        return [self.config.entry(kind, layer) for kind in self.config.kinds for layer in layers]
 
     @property
     def todo(self) -> list[Entry]:

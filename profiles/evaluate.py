@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dejavu.predictors.collect import identity
 from dejavu.predictors.corpus import Corpus
 from dejavu.predictors.files import Entry, ModelIdentity, read_manifest
 from dejavu.predictors.meter import Account, Metered, dense_bytes, sparse_bytes
-from dejavu.predictors.selection import KINDS, Kind
+from dejavu.predictors.selection import KINDS, Kind, Policy
 from dejavu.profiles.quality import Scores, decode, masked
 from dejavu.runtime.engine import Engine
-from dejavu.runtime.sparsity import DENSE, LOSSLESS, find_predictors, load_policy
+from dejavu.runtime.sparsity import DENSE, LOSSLESS, find_predictors, identity, load_policy
 
 OnProgress = Callable[[str, int, int], None]
 # The shapes of OPT-175B, and the ranks that the paper's predictors have there.
@@ -55,35 +54,37 @@ def evaluate(
     window = corpus.windows.shape[1] - 1
     if bad := [prefix for prefix in prefixes if not 0 < prefix < window]:
         raise ValueError(f"a prefix of {bad[0]} leaves nothing of windows of {window} tokens")
-    engine.tp.agree(lambda: _check(engine, corpus, asked))
+    loaded = engine.tp.agree(lambda: [(a, _load(engine, corpus, a)) for a in asked])
+    sparse = [(a, policy) for a, policy in loaded if policy is not None]
     rows = []
-    sparse = [a for a in asked if a.sparsity != DENSE]
     for prefix in prefixes:
 
         def progress(done: int, total: int, prefix: int = prefix) -> None:
             if on_progress is not None:
                 on_progress(f"decoding after {prefix}", done, total)
 
-        policies = [
-            load_policy(a.sparsity, engine.model, engine.fingerprint, density=a.density, sharing="each")
-            for a in sparse
-        ]
         dense, *scores = decode(
-            engine, corpus.windows, [None, *policies], prefix=prefix, on_progress=progress
+            engine,
+            corpus.windows,
+            [None, *(policy for _, policy in sparse)],
+            prefix=prefix,
+            on_progress=progress,
         )
         rows.append(_row(Asked(DENSE), prefix, dense, dense, {"mlp": 1.0, "heads": 1.0}, {}))
-        for a, policy, score in zip(sparse, policies, scores, strict=True):
-            assert policy is not None
+        for (a, policy), score in zip(sparse, scores, strict=True):
             densities = {kind: engine.mean_density(policy, kind) for kind in KINDS}
-            rows.append(_row(a, prefix, score, dense, densities, _accounts(engine, corpus, a, prefix, score)))
+            accounts = _accounts(engine, corpus, a, policy, prefix, score)
+            rows.append(_row(a, prefix, score, dense, densities, accounts))
     return rows
 
 
-def _check(engine: Engine, corpus: Corpus, asked: Sequence[Asked]) -> None:
-    for a in asked:
-        load_policy(a.sparsity, engine.model, engine.fingerprint, density=a.density, sharing="each")
-        if a.sparsity not in (DENSE, LOSSLESS):
-            corpus.check_unused(read_manifest(find_predictors(a.sparsity)).sources, a.sparsity)
+def _load(engine: Engine, corpus: Corpus, asked: Asked) -> Policy | None:
+    policy = load_policy(
+        asked.sparsity, engine.model, engine.fingerprint, density=asked.density, sharing="each"
+    )
+    if asked.sparsity not in (DENSE, LOSSLESS):
+        corpus.check_unused(read_manifest(find_predictors(asked.sparsity)).sources, asked.sparsity)
+    return policy
 
 
 def _row(
@@ -113,19 +114,15 @@ def _row(
     }
 
 
-def _accounts(engine: Engine, corpus: Corpus, asked: Asked, prefix: int, decoded: Scores) -> dict[str, float]:
+def _accounts(
+    engine: Engine, corpus: Corpus, asked: Asked, policy: Policy, prefix: int, decoded: Scores
+) -> dict[str, float]:
     """Shares of bytes, recall and precision; and by how much a masked pass differs from decoding."""
     windows = corpus.windows[:_ACCOUNT_WINDOWS]
-    policy = load_policy(
-        asked.sparsity,
-        engine.model,
-        engine.fingerprint,
-        density=asked.density,
-        sharing="mask",
-        dense_until=prefix,
+    units = list(policy.units.values())
+    meter = Metered(
+        Policy(units, policy.num_layers, name=policy.name, sharing="mask", dense_until=prefix), engine.model
     )
-    assert policy is not None
-    meter = Metered(policy, engine.model)
     (found,) = masked(engine, windows, [meter], prefix=prefix)
     mean = float(decoded.loss[: len(windows)].double().mean())
     accounts = meter.accounts(engine.tp)
@@ -143,7 +140,7 @@ def _accounts(engine: Engine, corpus: Corpus, asked: Asked, prefix: int, decoded
             for name in ("recall", "weighted_recall", "precision")
         }
         row |= {f"{name}_{kind}": value for name, value in kept.items()}
-    model = identity(engine)
+    model = identity(engine.model.config, engine.fingerprint)
     row["density_fc2"] = _mean(
         (accounts[key].live if (key := ("mlp", layer)) in accounts else 1.0)  # type: ignore[index]
         for layer in range(model.num_layers)

@@ -59,10 +59,10 @@ def study_page(study: Mapping[str, Any], path: Path) -> None:
         _ratios(axes[8], layers)
         if optional:
             _blocks(figure.add_subplot(grid[3, :]), optional)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes beside ``path`` and renames, so that nobody ever sees half a picture under its name."""
     beside = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure).print_figure(beside, format="png")

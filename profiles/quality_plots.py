@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from dejavu.predictors.files import Manifest
 from dejavu.predictors.selection import KINDS, Kind
+from dejavu.profiles.plots import save_figure
 
 PERCENT = FuncFormatter(lambda x, _: f"{x:g}%")
 _NAMES: Mapping[Kind, str] = {"mlp": "MLP neurons", "heads": "heads"}
@@ -25,7 +26,7 @@ def predictor_page(manifest: Manifest, path: Path) -> None:
     for row, kind in enumerate(KINDS):
         _layers(axes[row][0], manifest, kind)
         _points(axes[row][1], manifest, kind)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def quality_page(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -61,7 +62,7 @@ def quality_page(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
             ax.legend()
         else:
             ax.text(0.5, 0.5, f"no policy skips {kind}", ha="center", transform=ax.transAxes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _reach(row: Mapping[str, Any], end: str) -> float:
@@ -102,10 +103,3 @@ def _points(ax: Axes, manifest: Manifest, kind: Kind) -> None:
     ax.set_xlabel(f"{_NAMES[kind]} computed, %")
     ax.set_ylabel("increase of perplexity, %")
     ax.grid(alpha=0.3)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Draws beside ``path`` and renames."""
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, format="png", dpi=100)
-    beside.replace(path)

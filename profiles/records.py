@@ -56,6 +56,11 @@ def write_file(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def existing_folder(path: Path) -> Path:
+    """``path`` or the nearest folder above it that is there: whose disk and rights ``path`` will have."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
 def device_name() -> str:
     """The hardware in words: ``2 x NVIDIA H200``, ``CPU``."""
     count = torch.cuda.device_count()

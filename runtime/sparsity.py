@@ -10,12 +10,14 @@ from dejavu.predictors.files import (
     Entry,
     Key,
     Manifest,
+    ModelIdentity,
     OperatingPoint,
     PredictorTensors,
     read_manifest,
 )
 from dejavu.predictors.networks import HeadContribution, NeuronContribution
 from dejavu.predictors.selection import HeadMean, Kind, Policy, Sharing, Tap, Unit
+from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.weights import DEMO
 
@@ -68,6 +70,17 @@ def find_predictors(name: str) -> Path:
     if not name or not (directory := Path(name).expanduser()).is_dir():
         raise ValueError(f"sparsity={name!r} is neither dense, lossless, demo nor a directory of predictors")
     return directory
+
+
+def identity(config: OPTConfig, fingerprint: str) -> ModelIdentity:
+    """What predictors and traces know a model by."""
+    return ModelIdentity(
+        fingerprint=fingerprint,
+        hidden_size=config.hidden_size,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+    )
 
 
 def check_model(manifest: Manifest, model: OPTModel, fingerprint: str, directory: Path) -> None:

@@ -276,7 +276,7 @@ TAPS = {
 def test_taps_of_a_lookahead(lookahead):
     config = TrainConfig(lookahead=lookahead, refine_bits=4)
     for kind, expected in zip(("mlp", "heads"), TAPS[lookahead], strict=True):
-        entries = [config.entry(kind, layer, 3) for layer in range(3)]
+        entries = [config.entry(kind, layer) for layer in range(3)]
         assert [e.tap for e in entries] == expected
         assert [e.dense for e in entries] == [tap is None for tap in expected]
         if kind == "mlp":  # a second stage reads what the MLP itself reads
