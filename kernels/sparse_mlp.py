@@ -1,60 +1,229 @@
-"""The MLP block over chosen neurons.
+"""The MLP block over chosen neurons, in two phases: fc1 and ReLU, then fc2's rows of the neurons that live.
+
+One kernel that keeps both rows of a neuron in flight was measured against it: no faster at any shape and
+density, and it reads the fc2 rows that ReLU silenced (profiles/results/README.md).
 
 Shape legend: B batch, S query length, D hidden, F local ffn, K chosen neurons.
 """
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from dejavu.kernels.device import dot, num_sms, to_float, token_block
+from dejavu.kernels.tuning import Settings, settings
+from dejavu.kernels.weighted_rows import weighted_rows
 
 
 def sparse_mlp_reference(
     x: Tensor,
     fc1: Tensor,
+    fc1_scale: Tensor | None,
     fc1_bias: Tensor | None,
     fc2: Tensor,
-    ids: Tensor,
-    count: Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
-    """``relu(x @ fc1[ids].T + fc1_bias[ids]) @ fc2[ids]``: only the chosen rows are read, and of fc2 only
-    those whose activation is not zero.
-
-    Args:
-        x: ``[B, S, D]``, the block's input.
-        fc1: ``[F, D]``, a neuron's input weights in a row.
-        fc1_bias: ``[F]``.
-        fc2: ``[F, D]``, a neuron's output weights in a row.
-        ids: ``int32[F]``; the first ``count`` (``int32[1]``) entries name the neurons of the whole batch. Or
-            ``int32[B, F]`` and ``int32[B]``: each sequence has its own.
-        out: ``[B, S, D]`` to write to.
-
-    Returns:
-        ``[B, S, D]``, this rank's share of the block's output, without fc2's bias.
-    """
+    fc2_scale: Tensor | None,
+    ids: Tensor | None,
+    count: Tensor | None,
+    out: Tensor,
+) -> None:
+    """See `sparse_mlp`."""
+    if ids is None or count is None:
+        hidden = F.linear(x, _scaled(fc1, fc1_scale, x), fc1_bias).relu_()
+        torch.matmul(hidden, _scaled(fc2, fc2_scale, x), out=out)
+        return
     if ids.dim() == 2:
-        return _one_set_a_sequence(x, fc1, fc1_bias, fc2, ids, count, out)
+        _one_set_a_sequence(x, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count, out)
+        return
     chosen = ids[: int(count)].long()
-    hidden = F.linear(x, fc1[chosen], None if fc1_bias is None else fc1_bias[chosen]).relu_()
+    weight = _scaled(fc1[chosen], None if fc1_scale is None else fc1_scale[chosen], x)
+    hidden = F.linear(x, weight, None if fc1_bias is None else fc1_bias[chosen]).relu_()
     live = hidden.flatten(0, 1).any(0).nonzero()[:, 0]
-    return torch.matmul(hidden[..., live], fc2[chosen[live]], out=out)
+    rows = chosen[live]
+    weight = _scaled(fc2[rows], None if fc2_scale is None else fc2_scale[rows], x)
+    torch.matmul(hidden[..., live], weight, out=out)
 
 
 def _one_set_a_sequence(
     x: Tensor,
     fc1: Tensor,
+    fc1_scale: Tensor | None,
     fc1_bias: Tensor | None,
     fc2: Tensor,
+    fc2_scale: Tensor | None,
     ids: Tensor,
     count: Tensor,
-    out: Tensor | None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """All sequences at once, padded to the largest set: a loop over them would launch B times as much."""
     K = int(count.max())
     padding = torch.arange(K, device=ids.device) >= count[:, None]  # [B, K]
     chosen = ids[:, :K].long().masked_fill(padding, 0)
-    hidden = x @ fc1[chosen].transpose(1, 2)  # [B, S, K]
+    hidden = x @ _scaled(fc1[chosen], None if fc1_scale is None else fc1_scale[chosen], x).transpose(1, 2)
     if fc1_bias is not None:
         hidden = hidden + fc1_bias[chosen][:, None]
     hidden = hidden.relu_().masked_fill(padding[:, None], 0)
-    return torch.matmul(hidden, fc2[chosen], out=out)
+    torch.matmul(hidden, _scaled(fc2[chosen], None if fc2_scale is None else fc2_scale[chosen], x), out=out)
+
+
+def _scaled(weight: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    return weight.to(like.dtype) if scale is None else (weight.to(scale.dtype) * scale).to(like.dtype)
+
+
+@triton.jit
+def _fc1_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    ids_ptr,
+    count_ptr,
+    h_ptr,
+    T,
+    F,
+    D: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``h[t, k] = relu(fc1[ids[k]] . x[t] + bias[ids[k]])`` for k below the count; a program takes every
+    so-manieth block of rows, so that a fixed grid serves any count."""
+    s = tl.program_id(1)
+    x_ptr += s.to(tl.int64) * T * D
+    h_ptr += s.to(tl.int64) * T * F
+    t = tl.arange(0, TOKENS)
+    cols = tl.arange(0, BLOCK_D)
+    count = F
+    if HAS_IDS:
+        count = tl.load(count_ptr + s)
+        ids_ptr += s.to(tl.int64) * F
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        k = first + tl.arange(0, ROWS)
+        chosen = k < count
+        rows = k
+        if HAS_IDS:
+            rows = tl.load(ids_ptr + k, mask=chosen, other=0)
+        row_ptr = weight_ptr + rows.to(tl.int64)[:, None] * D
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + rows, mask=chosen, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + rows, mask=chosen, other=0.0)
+        if TOKENS == 1:
+            acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
+                inside = d + cols < D
+                w = tl.load(row_ptr + (d + cols)[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
+                x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
+                acc += to_float(w) * x[None, :]
+            h = tl.sum(acc, 1)[:, None]
+        else:
+            h = tl.zeros([ROWS, TOKENS], tl.float32)
+            for d in tl.range(0, D, BLOCK_D):
+                inside = d + cols < D
+                w = tl.load(row_ptr + (d + cols)[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
+                x = tl.load(
+                    x_ptr + t[None, :] * D + (d + cols)[:, None],
+                    mask=(t < T)[None, :] & inside[:, None],
+                    other=0.0,
+                )
+                h = dot(w, x, h)
+        if HAS_SCALE:
+            h *= scale[:, None]
+        if HAS_BIAS:
+            h += bias[:, None]
+        h = tl.where(h < 0, 0.0, h)  # not maximum, which would silence a NaN
+        tl.store(h_ptr + t[None, :] * F + k[:, None], h, mask=chosen[:, None] & (t < T)[None, :])
+
+
+def _sparse_mlp(
+    x: Tensor,
+    fc1: Tensor,
+    fc1_scale: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_scale: Tensor | None,
+    ids: Tensor | None,
+    count: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Launches the two phases."""
+    ffn, D = fc1.shape
+    B = x.numel() // D
+    sets = B if ids is not None and ids.dim() == 2 else 1
+    T = B // sets
+    h = torch.empty(B, ffn, dtype=torch.float32, device=x.device)
+    chosen = dict(settings("fc1", default_settings(D, fc1.dtype, T), ffn, D, fc1.dtype, T, x.device))
+    programs = min(num_sms(x.device) * chosen.pop("PROGRAMS"), triton.cdiv(ffn, chosen["ROWS"]))
+    _fc1_kernel[(programs, sets)](
+        x,
+        fc1,
+        fc1_scale,
+        fc1_bias,
+        ids,
+        count,
+        h,
+        T,
+        ffn,
+        D=D,
+        HAS_SCALE=fc1_scale is not None,
+        HAS_BIAS=fc1_bias is not None,
+        HAS_IDS=ids is not None,
+        TOKENS=token_block(T),
+        **chosen,
+    )
+    weighted_rows(h, fc2, fc2_scale, ids, count, out.view(B, D), skip_zeros=ids is not None, name="fc2")
+
+
+def default_settings(D: int, dtype: torch.dtype, tokens: int) -> Settings:
+    """Sound for any shape; PROGRAMS is a number for each multiprocessor."""
+    if tokens > 1:
+        return {"ROWS": 64, "BLOCK_D": 128, "PROGRAMS": 2, "num_warps": 4, "num_stages": 4}
+    block = min(1024, triton.next_power_of_2(D))
+    return {"ROWS": 2 if dtype.itemsize > 1 else 4, "BLOCK_D": block, "PROGRAMS": 16, "num_warps": 4}
+
+
+_op = torch.library.custom_op("dejavu::sparse_mlp", _sparse_mlp, mutates_args={"out"}, device_types="cuda")
+_op.register_kernel("cpu")(sparse_mlp_reference)
+_op.register_fake(lambda *arguments: None)
+
+
+def sparse_mlp(
+    x: Tensor,
+    fc1: Tensor,
+    fc1_scale: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_scale: Tensor | None,
+    ids: Tensor | None = None,
+    count: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``relu(x @ fc1[ids].T + fc1_bias[ids]) @ fc2[ids]``: only the chosen rows are read, and of fc2 only
+    those whose activation is not zero. Triton kernels on CUDA, `sparse_mlp_reference` on the CPU.
+
+    Args:
+        x: ``[B, S, D]``, the block's input.
+        fc1: ``[F, D]``, a neuron's input weights in a row.
+        fc1_scale, fc2_scale: fp32 ``[F, 1]`` of 8-bit weights (int8, fp8 e4m3), else None.
+        fc1_bias: ``[F]``.
+        fc2: ``[F, D]``, a neuron's output weights in a row.
+        ids: ``int32[F]``; the first ``count`` (``int32[1]``) entries name the neurons of the whole batch. Or
+            ``int32[B, F]`` and ``int32[B]``: each sequence has its own. None: all, and all of fc2 is read.
+        out: ``[B, S, D]`` to write to.
+
+    Returns:
+        ``[B, S, D]``, this rank's share of the block's output, without fc2's bias.
+    """
+    assert fc1.shape == fc2.shape and x.shape[-1] == fc1.shape[1] and x.dim() == 3
+    assert fc1.is_contiguous() and fc2.is_contiguous()
+    assert ids is None or (ids.dtype == torch.int32 and ids.shape[-1] == len(fc1) and ids.is_contiguous())
+    assert ids is None or ids.dim() == 1 or x.shape[1] == 1, "one set a sequence: one query at a time"
+    if out is None:
+        out = torch.empty_like(x)
+    assert out.shape == x.shape and out.is_contiguous()
+    _op(x.contiguous(), fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count, out)
+    return out

@@ -1,0 +1,57 @@
+"""What the kernels share: conversions and products of mixed types on the device, counters, places for results."""
+
+import os
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Triton's interpreter takes bf16 for the integers that it is stored in, in products and conversions of int8.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Programs that meet at one counter; the largest shapes need a few hundred counters.
+_COUNTERS = 2**16
+
+
+@triton.jit
+def to_float(w):
+    """Weights to fp32. 8-bit ones by way of a 16-bit type that holds them exactly: those conversions come in
+    packed pairs, where the direct ones run at a quarter of the rate."""
+    if w.dtype == tl.int8 and not _INTERPRETED:
+        w = w.to(tl.bfloat16)
+    elif w.dtype == tl.float8e4nv:
+        w = w.to(tl.float16)
+    return w.to(tl.float32)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``acc + a @ b`` in fp32. Tensor cores take 16-bit pairs as they are, other pairs as three tf32 products."""
+    if a.dtype == b.dtype and a.dtype != tl.float32 and not (_INTERPRETED and a.dtype == tl.bfloat16):
+        acc = tl.dot(a, b, acc)
+    else:
+        acc = tl.dot(to_float(a), to_float(b), acc, input_precision="tf32x3")
+    return acc
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """Zeros ``int32[...]`` for programs to count arrivals in; whoever arrives last puts the zero back.
+
+    One array a device: the kernels that count run on one stream, one after the other.
+    """
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors; 2 stand for the CPU, on which Triton's interpreter runs."""
+    if device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def token_block(batch: int) -> int:
+    """The tokens a program works on: one, or a power of 2 that tensor cores take."""
+    return 1 if batch == 1 else max(16, triton.next_power_of_2(batch))

@@ -1,0 +1,373 @@
+"""The predictor of one layer's neurons or heads: two layers, a threshold, and the active set it leaves.
+
+``scores = up @ act(down @ z) + bias`` with ``z`` the residual stream standardised over D (zero mean, unit
+variance); what scores above the threshold is chosen (section 4.1 of the paper; a threshold instead of top-k).
+
+Shape legend: B batch, D hidden, r rank, n local neurons or heads, S sets.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.device import dot, to_float, token_block
+from dejavu.kernels.tuning import Settings, settings
+
+# Of `torch.nn.functional.layer_norm`, by which predictors were trained.
+EPS = 1e-5
+# Entries of a mask that one program of the compaction places.
+_PLACED = 1024
+
+
+def predict_reference(
+    residual: Tensor,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_sums: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    bias: Tensor,
+    threshold: Tensor,
+    alive: Tensor | None,
+    ids: Tensor,
+    count: Tensor,
+    tally: Tensor,
+    relu: bool,
+) -> None:
+    """See `predict`."""
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    z = F.layer_norm(residual.to(wide), residual.shape[-1:])
+    down, up = (
+        w.to(wide) if s is None else w.to(wide) * s for w, s in ((down, down_scale), (up, up_scale))
+    )
+    hidden = F.linear(z, down)
+    mask = F.linear(F.relu(hidden) if relu else hidden, up, bias.to(wide)) > threshold
+    if alive is not None:
+        mask = mask & alive.bool()[:, None]
+    compact_reference(mask.any(0, keepdim=True) if ids.dim() == 1 else mask, ids, count)
+    _keep_tally(count, alive if ids.dim() == 2 else None, tally)
+
+
+def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
+    """``mask bool[S, n]`` to the ids of its True entries, ascending, and their number; see `compact`."""
+    # a stable sort of "not chosen" puts the chosen first and keeps their order
+    order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
+    ids.view(mask.shape).copy_(order)
+    count.copy_(mask.sum(-1))
+
+
+def _keep_tally(count: Tensor, alive: Tensor | None, tally: Tensor) -> None:
+    tally[0] += count.sum()
+    tally[1] += len(count) if alive is None else alive.sum()
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    sums_ptr,
+    hidden_ptr,
+    T,
+    R,
+    eps,
+    D: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    RELU: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``hidden[t, k] = act(down[k] . z[t])``, as ``(down[k] . x[t] - mean * sum(down[k])) / deviation``: so a
+    program needs no more than one pass over the stream."""
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside_rows = k < R
+    t = tl.arange(0, TOKENS)
+    cols = tl.arange(0, BLOCK_D)
+    row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
+    sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
+    if TOKENS == 1:
+        inside = cols < D
+        w = tl.load(row_ptr + cols[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(x, 0)[None] / D
+        square = tl.sum(x * x, 0)[None] / D
+        h = tl.sum(to_float(w) * x[None, :], 1)[:, None]
+    else:
+        mean = tl.zeros([TOKENS], tl.float32)
+        square = tl.zeros([TOKENS], tl.float32)
+        h = tl.zeros([ROWS, TOKENS], tl.float32)
+        for d in tl.range(0, D, BLOCK_D):
+            inside = d + cols < D
+            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + t[None, :] * D + (d + cols)[:, None],
+                mask=(t < T)[None, :] & inside[:, None],
+                other=0.0,
+            )
+            wide = x.to(tl.float32)
+            mean += tl.sum(wide, 0) / D
+            square += tl.sum(wide * wide, 0) / D
+            h = dot(w, x, h)
+    if HAS_SCALE:
+        h *= scale[:, None]
+    h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(square - mean * mean + eps)[None, :]
+    if RELU:
+        h = tl.where(h < 0, 0.0, h)
+    tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
+
+
+@triton.jit
+def _up_kernel(
+    hidden_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    threshold_ptr,
+    alive_ptr,
+    mask_ptr,
+    T,
+    N,
+    R: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+    UNION: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Whether ``up[k] . hidden[t] + bias[k]`` is above the threshold, for each live token or for any."""
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside_rows = k < N
+    t = tl.arange(0, TOKENS)
+    cols = tl.arange(0, BLOCK_R)
+    row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
+    bias = tl.load(bias_ptr + k, mask=inside_rows, other=0.0).to(tl.float32)
+    threshold = tl.load(threshold_ptr)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
+    live = t < T
+    if HAS_ALIVE:
+        live = live & (tl.load(alive_ptr + t, mask=live, other=0) != 0)
+    if TOKENS == 1:
+        acc = tl.zeros([ROWS, BLOCK_R], tl.float32)
+        for d in tl.static_range(0, R, BLOCK_R):
+            inside = d + cols < R
+            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
+            h = tl.load(hidden_ptr + d + cols, mask=inside, other=0.0)
+            acc += to_float(w) * h[None, :]
+        scores = tl.sum(acc, 1)[:, None]
+    else:
+        scores = tl.zeros([ROWS, TOKENS], tl.float32)
+        for d in tl.range(0, R, BLOCK_R):
+            inside = d + cols < R
+            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
+            h = tl.load(
+                hidden_ptr + t[None, :] * R + (d + cols)[:, None],
+                mask=(t < T)[None, :] & inside[:, None],
+                other=0.0,
+            )
+            scores = dot(w, h, scores)
+    if HAS_SCALE:
+        scores *= scale[:, None]
+    chosen = ((scores + bias[:, None] > threshold) & live[None, :]).to(tl.int8)
+    if UNION:
+        tl.store(mask_ptr + k, tl.max(chosen, 1), mask=inside_rows)
+    else:
+        tl.store(mask_ptr + t[None, :] * N + k[:, None], chosen, mask=inside_rows[:, None] & (t < T)[None, :])
+
+
+@triton.jit
+def _compact_kernel(
+    mask_ptr,
+    alive_ptr,
+    ids_ptr,
+    count_ptr,
+    tally_ptr,
+    N,
+    HAS_ALIVE: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
+    PLACED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program counts what is chosen before its entries, and puts the ids of its own behind that."""
+    block, s = tl.program_id(0), tl.program_id(1)
+    mask_ptr += s * N
+    first = block * PLACED
+    i = tl.arange(0, BLOCK_N)
+    k = first + tl.arange(0, PLACED)
+    chosen = tl.load(mask_ptr + k, mask=k < N, other=0).to(tl.int32)
+    before = tl.sum(tl.load(mask_ptr + i, mask=i < first, other=0).to(tl.int32), 0)
+    place = before + tl.cumsum(chosen, 0) - chosen
+    tl.store(ids_ptr + s * N + place, k, mask=chosen != 0)
+    if block == tl.num_programs(0) - 1:
+        count = before + tl.sum(chosen, 0)
+        tl.store(count_ptr + s, count)
+        if HAS_TALLY:
+            rows = 1
+            if HAS_ALIVE:
+                rows = (tl.load(alive_ptr + s) != 0).to(tl.int32)
+            tl.atomic_add(tally_ptr, count.to(tl.int64))
+            tl.atomic_add(tally_ptr + 1, tl.zeros_like(count).to(tl.int64) + rows)
+
+
+def _predict(
+    residual: Tensor,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_sums: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    bias: Tensor,
+    threshold: Tensor,
+    alive: Tensor | None,
+    ids: Tensor,
+    count: Tensor,
+    tally: Tensor,
+    relu: bool,
+) -> None:
+    """Launches the two layers and the compaction."""
+    (B, D), (n, r), device = residual.shape, up.shape, residual.device
+    tokens, union = token_block(B), ids.dim() == 1
+    hidden = torch.empty(B, r, dtype=torch.float32, device=device)
+    mask = torch.empty(1 if union else B, n, dtype=torch.int8, device=device)
+    chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
+    _down_kernel[(triton.cdiv(r, chosen["ROWS"]),)](
+        residual,
+        down,
+        down_scale,
+        down_sums,
+        hidden,
+        B,
+        r,
+        EPS,
+        D=D,
+        HAS_SCALE=down_scale is not None,
+        RELU=relu,
+        TOKENS=tokens,
+        **chosen,
+    )
+    chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
+    _up_kernel[(triton.cdiv(n, chosen["ROWS"]),)](
+        hidden,
+        up,
+        up_scale,
+        bias,
+        threshold,
+        alive,
+        mask,
+        B,
+        n,
+        R=r,
+        HAS_SCALE=up_scale is not None,
+        HAS_ALIVE=alive is not None,
+        UNION=union,
+        TOKENS=tokens,
+        **chosen,
+    )
+    _launch_compact(mask, ids, count, None if union else alive, tally)
+
+
+def _launch_compact(
+    mask: Tensor, ids: Tensor, count: Tensor, alive: Tensor | None = None, tally: Tensor | None = None
+) -> None:
+    sets, n = mask.shape
+    _compact_kernel[(triton.cdiv(n, _PLACED), sets)](
+        mask,
+        alive,
+        ids,
+        count,
+        tally,
+        n,
+        HAS_ALIVE=alive is not None,
+        HAS_TALLY=tally is not None,
+        PLACED=_PLACED,
+        BLOCK_N=triton.next_power_of_2(n),
+        num_warps=8,
+    )
+
+
+def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
+    _launch_compact(mask.view(torch.int8), ids, count)
+
+
+def _default_down_settings(D: int, batch: int) -> Settings:
+    """Sound for any shape: whole rows, so that all of a program's loads are under way at once."""
+    if batch > 1:
+        return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
+    return {"ROWS": 1 if D <= 4096 else 2, "BLOCK_D": triton.next_power_of_2(D), "num_warps": 4}
+
+
+def _default_up_settings(r: int, batch: int) -> Settings:
+    """Sound for any shape: 16 rows a program."""
+    if batch > 1:
+        return {"ROWS": 64, "BLOCK_R": min(max(triton.next_power_of_2(r), 16), 128), "num_warps": 4}
+    return {"ROWS": 16, "BLOCK_R": min(triton.next_power_of_2(r), 1024), "num_warps": 4}
+
+
+_op = torch.library.custom_op(
+    "dejavu::predict", _predict, mutates_args={"ids", "count", "tally"}, device_types="cuda"
+)
+_op.register_kernel("cpu")(predict_reference)
+_op.register_fake(lambda *arguments: None)
+_compact_op = torch.library.custom_op(
+    "dejavu::compact", _compact, mutates_args={"ids", "count"}, device_types="cuda"
+)
+_compact_op.register_kernel("cpu")(compact_reference)
+_compact_op.register_fake(lambda *arguments: None)
+
+
+def predict(
+    residual: Tensor,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_sums: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    bias: Tensor,
+    threshold: Tensor,
+    alive: Tensor | None,
+    tally: Tensor,
+    *,
+    union: bool,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The active set that a low-rank predictor finds. Triton kernels on CUDA, `predict_reference` on the CPU.
+
+    Args:
+        residual: ``[B, D]``, the stream at the predictor's tap.
+        down: ``[r, D]`` and ``up [n, r]``: of 16 or 32 bits, or of 8 with ``down_scale fp32[r, 1]`` and
+            ``up_scale fp32[n, 1]``.
+        down_sums: fp32 ``[r]``, the sums of ``down * down_scale`` over D.
+        bias: ``[n]``; ``threshold`` fp32 ``[1]``, on the device, so that it can move under a captured graph.
+        alive: ``int64[B]``, 0 for sequences that choose nothing; None: all choose.
+        tally: ``int64[2]``, to which the numbers of entries chosen and of sets are added.
+        union: one set for the batch, instead of one a sequence.
+        relu: between the two layers.
+
+    Returns:
+        ``ids int32[n]`` and ``count int32[1]`` of the union, or ``int32[B, n]`` and ``int32[B]``; ids ascend,
+        and past the count they are undefined.
+    """
+    assert down.shape[0] == up.shape[1] and down.shape[1] == residual.shape[1] and residual.dim() == 2
+    assert down.is_contiguous() and up.is_contiguous()
+    n, B = len(up), len(residual)
+    ids = torch.empty(n if union else (B, n), dtype=torch.int32, device=residual.device)
+    count = torch.empty(1 if union else B, dtype=torch.int32, device=residual.device)
+    arguments = (down, down_scale, down_sums, up, up_scale, bias, threshold, alive, ids, count, tally, relu)
+    _op(residual.contiguous(), *arguments)
+    return ids, count
+
+
+def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``mask bool[n]`` or ``[B, n]`` to the ids of its True entries, ascending, ``int32`` of the same shape,
+    undefined past their number ``count int32[1]`` or ``[B]``."""
+    mask = mask.contiguous()
+    ids = torch.empty_like(mask, dtype=torch.int32)
+    count = torch.empty(mask.shape[:-1].numel(), dtype=torch.int32, device=mask.device)
+    _compact_op(mask.view(-1, mask.shape[-1]), ids.view(-1, mask.shape[-1]), count)
+    return ids, count

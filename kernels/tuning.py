@@ -1,0 +1,45 @@
+"""Launch settings: a small table per GPU and shape that ships with the package, and defaults for all else.
+
+`dejavu bench mlp --tune` (and ``attention``, ``predictor``) renews the entries of the GPU it runs on.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Settings = Mapping[str, int]
+TABLE = Path(__file__).with_name("tuned.json")
+
+# What is tried instead of the table while tuning: kernel's name to settings.
+override: dict[str, Settings] = {}
+
+
+def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: torch.dtype, batch: int,
+             device: torch.device) -> Settings:  # fmt: skip
+    """The launch settings of ``kernel`` for weights ``[rows, columns]``: the table's, else ``default``.
+
+    ``batch`` counts only as one token or several, which are different code.
+    """
+    if kernel in override:
+        return override[kernel]
+    return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype, batch), default)
+
+
+def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype, batch: int) -> str:
+    """How the table names a shape: ``fc1 24576x12288 bfloat16``, with `` batch`` for several tokens."""
+    return f"{kernel} {rows}x{columns} {str(dtype).removeprefix('torch.')}{' batch' if batch > 1 else ''}"
+
+
+@cache
+def device_key(device: torch.device) -> str:
+    """How the table names a GPU."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+@cache
+def _table(device: str) -> dict[str, Settings]:
+    table: dict[str, dict[str, Settings]] = json.loads(TABLE.read_text())
+    return table.get(device, {})
