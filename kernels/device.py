@@ -1,4 +1,4 @@
-"""What the kernels share: conversions and products of mixed types on the device, counters, places for results."""
+"""What the kernels share: conversions and products of mixed types on the device, counters."""
 
 import os
 from functools import cache
@@ -14,6 +14,10 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _COUNTERS = 2**16
 
 
+# Tokens that one launch serves; more go by several. (Weights are read once for each.)
+MAX_TOKENS = 16
+
+
 @triton.jit
 def to_float(w):
     """Weights to fp32. 8-bit ones by way of a 16-bit type that holds them exactly: those conversions come in
@@ -27,9 +31,12 @@ def to_float(w):
 
 @triton.jit
 def dot(a, b, acc):
-    """``acc + a @ b`` in fp32. Tensor cores take 16-bit pairs as they are, other pairs as three tf32 products."""
+    """``acc + a @ b`` in fp32: pairs of one 16-bit type on tensor cores as they are, mixed pairs as three tf32
+    products, a pair in fp32 as it is."""
     if a.dtype == b.dtype and a.dtype != tl.float32 and not (_INTERPRETED and a.dtype == tl.bfloat16):
         acc = tl.dot(a, b, acc)
+    elif a.dtype == b.dtype:
+        acc = tl.dot(to_float(a), to_float(b), acc, input_precision="ieee")
     else:
         acc = tl.dot(to_float(a), to_float(b), acc, input_precision="tf32x3")
     return acc

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import dot, to_float, token_block
+from dejavu.kernels.device import MAX_TOKENS, dot, to_float, token_block
 from dejavu.kernels.tuning import Settings, settings
 
 # Of `torch.nn.functional.layer_norm`, by which predictors were trained.
@@ -39,9 +39,7 @@ def predict_reference(
     """See `predict`."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     z = F.layer_norm(residual.to(wide), residual.shape[-1:])
-    down, up = (
-        w.to(wide) if s is None else w.to(wide) * s for w, s in ((down, down_scale), (up, up_scale))
-    )
+    down, up = (w.to(wide) if s is None else w.to(wide) * s for w, s in ((down, down_scale), (up, up_scale)))
     hidden = F.linear(z, down)
     mask = F.linear(F.relu(hidden) if relu else hidden, up, bias.to(wide)) > threshold
     if alive is not None:
@@ -63,7 +61,7 @@ def _keep_tally(count: Tensor, alive: Tensor | None, tally: Tensor) -> None:
     tally[1] += len(count) if alive is None else alive.sum()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "R"])
 def _down_kernel(
     x_ptr,
     weight_ptr,
@@ -84,7 +82,7 @@ def _down_kernel(
     program needs no more than one pass over the stream."""
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside_rows = k < R
-    t = tl.arange(0, TOKENS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
     row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
     sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
@@ -121,7 +119,7 @@ def _down_kernel(
     tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _up_kernel(
     hidden_ptr,
     weight_ptr,
@@ -140,10 +138,10 @@ def _up_kernel(
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Whether ``up[k] . hidden[t] + bias[k]`` is above the threshold, for each live token or for any."""
+    """Whether ``up[k] . hidden[t] + bias[k]`` is above the threshold, for each live token or for any here."""
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside_rows = k < N
-    t = tl.arange(0, TOKENS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_R)
     row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
     bias = tl.load(bias_ptr + k, mask=inside_rows, other=0.0).to(tl.float32)
@@ -176,12 +174,12 @@ def _up_kernel(
         scores *= scale[:, None]
     chosen = ((scores + bias[:, None] > threshold) & live[None, :]).to(tl.int8)
     if UNION:
-        tl.store(mask_ptr + k, tl.max(chosen, 1), mask=inside_rows)
+        tl.store(mask_ptr + tl.program_id(1) * N + k, tl.max(chosen, 1), mask=inside_rows)
     else:
         tl.store(mask_ptr + t[None, :] * N + k[:, None], chosen, mask=inside_rows[:, None] & (t < T)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _compact_kernel(
     mask_ptr,
     alive_ptr,
@@ -232,11 +230,12 @@ def _predict(
 ) -> None:
     """Launches the two layers and the compaction."""
     (B, D), (n, r), device = residual.shape, up.shape, residual.device
-    tokens, union = token_block(B), ids.dim() == 1
+    tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
+    blocks = triton.cdiv(B, tokens)
     hidden = torch.empty(B, r, dtype=torch.float32, device=device)
-    mask = torch.empty(1 if union else B, n, dtype=torch.int8, device=device)
+    mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
-    _down_kernel[(triton.cdiv(r, chosen["ROWS"]),)](
+    _down_kernel[(triton.cdiv(r, chosen["ROWS"]), blocks)](
         residual,
         down,
         down_scale,
@@ -252,7 +251,7 @@ def _predict(
         **chosen,
     )
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
-    _up_kernel[(triton.cdiv(n, chosen["ROWS"]),)](
+    _up_kernel[(triton.cdiv(n, chosen["ROWS"]), blocks)](
         hidden,
         up,
         up_scale,
@@ -269,6 +268,8 @@ def _predict(
         TOKENS=tokens,
         **chosen,
     )
+    if union and blocks > 1:
+        mask = mask.amax(0, keepdim=True)
     _launch_compact(mask, ids, count, None if union else alive, tally)
 
 

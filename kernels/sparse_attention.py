@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import counters, dot, num_sms, to_float
+from dejavu.kernels.device import MAX_TOKENS, counters, dot, num_sms
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
@@ -174,7 +174,7 @@ def _is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOC
     return chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "B", "N", "T"])
 def _qkv_kernel(
     x_ptr,
     inputs_ptr,
@@ -245,9 +245,7 @@ def _qkv_kernel(
         acc = tl.zeros([ROWS, SEQUENCES * AGES], tl.float32)
         for d in tl.range(0, D, BLOCK_D):
             inside = d + cols < D
-            w = tl.load(
-                weights + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0
-            )
+            w = tl.load(weights + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
             now = used & (back == 0)
             x = tl.load(
                 x_ptr + (b * D)[None, :] + (d + cols)[:, None],
@@ -278,7 +276,7 @@ def _qkv_kernel(
         tl.store(values_ptr + slot[None, :] + h[:, None], kv, mask=(part == 2)[:, None] & lacking[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "N", "T"])
 def _decode_attention_kernel(
     q_ptr,
     keys_ptr,
@@ -388,6 +386,16 @@ def _sparse_attention(
 ) -> None:
     """Launches projections and filling, attention, output projection."""
     (B, D), (_, N, T, H), device = x.shape, keys.shape, x.device
+    if B > MAX_TOKENS:
+        for first in range(0, B, MAX_TOKENS):
+            some = slice(first, first + MAX_TOKENS)
+            ring, filled, heads, counts = (
+                None if t is None else t[some] for t in (inputs, filled_to, ids, count)
+            )
+            state = (keys[some], values[some], filled, positions[some])
+            weights = (out_proj, out_proj_scale, heads, counts, mean, base)
+            _sparse_attention(x[some], ring, qkv, qkv_scale, qkv_bias, *state, *weights, out[some], layer)
+        return
     W = 1 if inputs is None else inputs.shape[1]
     q, heads = torch.empty(2, B, N, H, dtype=torch.float32, device=device)
     common = {"HAS_IDS": ids is not None, "LAZY": filled_to is not None, "SPREAD": SPREAD}

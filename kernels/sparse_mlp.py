@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import dot, num_sms, to_float, token_block
+from dejavu.kernels.device import MAX_TOKENS, dot, num_sms, to_float, token_block
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
@@ -71,7 +71,7 @@ def _scaled(weight: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
     return weight.to(like.dtype) if scale is None else (weight.to(scale.dtype) * scale).to(like.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "F"])
 def _fc1_kernel(
     x_ptr,
     weight_ptr,
@@ -155,6 +155,11 @@ def _sparse_mlp(
     B = x.numel() // D
     sets = B if ids is not None and ids.dim() == 2 else 1
     T = B // sets
+    if T > MAX_TOKENS:
+        weights = (fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count)
+        for some, place in zip(x.view(B, D).split(MAX_TOKENS), out.view(B, D).split(MAX_TOKENS), strict=True):
+            _sparse_mlp(some, *weights, place)
+        return
     h = torch.empty(B, ffn, dtype=torch.float32, device=x.device)
     chosen = dict(settings("fc1", default_settings(D, fc1.dtype, T), ffn, D, fc1.dtype, T, x.device))
     programs = min(num_sms(x.device) * chosen.pop("PROGRAMS"), triton.cdiv(ffn, chosen["ROWS"]))

@@ -29,14 +29,19 @@ def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: tor
 
 
 def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype, batch: int) -> str:
-    """How the table names a shape: ``fc1 24576x12288 bfloat16``, with `` batch`` for several tokens."""
-    return f"{kernel} {rows}x{columns} {str(dtype).removeprefix('torch.')}{' batch' if batch > 1 else ''}"
+    """How the table names a shape: ``fc1 24576x12288 16-bit``, with `` batch`` for several tokens."""
+    return f"{kernel} {rows}x{columns} {8 * dtype.itemsize}-bit{' batch' if batch > 1 else ''}"
 
 
 @cache
 def device_key(device: torch.device) -> str:
     """How the table names a GPU."""
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def forget() -> None:
+    """The table was written anew."""
+    _table.cache_clear()
 
 
 @cache

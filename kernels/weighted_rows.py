@@ -1,6 +1,6 @@
 """Sums of a matrix's rows, weighted: the second half of an MLP, and the output projection.
 
-Rows of weight zero add nothing and are not read: the neurons that ReLU silenced, the heads that were not chosen.
+Rows of weight zero add nothing and are not read: neurons that ReLU silenced, heads that were not chosen.
 
 Shape legend: B batch, D hidden, F rows of the matrix, S sets, T tokens of a set.
 """
@@ -38,7 +38,7 @@ def weighted_rows_reference(
         place.copy_(total if base is None else total + base)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "F"])
 def _weighted_rows_kernel(
     h_ptr,
     weight_ptr,
@@ -62,7 +62,7 @@ def _weighted_rows_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program sums every SPLITS-th block of rows over its columns; the last to arrive adds up the splits."""
+    """A program sums every SPLITS-th block of rows over its columns; the last to arrive adds the splits."""
     column, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = column * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < D
@@ -72,10 +72,7 @@ def _weighted_rows_kernel(
     if HAS_IDS:
         count = tl.load(count_ptr + s)
         ids_ptr += s.to(tl.int64) * F
-    if TOKENS == 1:
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    else:
-        acc = tl.zeros([TOKENS, BLOCK_D], tl.float32)
+    acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
     for first in tl.range(split * ROWS, count, SPLITS * ROWS, num_stages=STAGES):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
@@ -86,7 +83,9 @@ def _weighted_rows_kernel(
             h = tl.load(h_ptr + k, mask=chosen, other=0.0).to(tl.float32)
             live = h != 0
         else:
-            h = tl.load(h_ptr + t[:, None] * F + k[None, :], mask=(t < T)[:, None] & chosen[None, :], other=0.0)
+            h = tl.load(
+                h_ptr + t[:, None] * F + k[None, :], mask=(t < T)[:, None] & chosen[None, :], other=0.0
+            )
             live = tl.sum((h != 0).to(tl.int32), 0) > 0
         if not SKIP_ZEROS:
             live = chosen

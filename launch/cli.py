@@ -11,6 +11,7 @@ from typing import Annotated
 import torch.distributed as dist
 import typer
 
+from dejavu.launch.bench import app as bench_app
 from dejavu.launch.demo_page import show_demo
 from dejavu.launch.options import NVTX, Device, DType, Model, load_engine, print_line, stderr
 from dejavu.launch.pipeline import COMMANDS
@@ -25,6 +26,7 @@ from dejavu.runtime.weights import DEMO
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(bench_app, name="bench")
 
 Sparsity = Annotated[str, typer.Option(help="dense, lossless, or a directory of calibrated predictors.")]
 

@@ -3,12 +3,11 @@
 Shape legend: B batch, S query length, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from dejavu.kernels.residual_norm import residual_norm
 from dejavu.parallel.groups import TPGroup
 from dejavu.profiles.nvtx import nvtx_range
 
@@ -38,7 +37,7 @@ def reduce_residual_norm(
     partial: Tensor,
     residual: Tensor,
     bias: Tensor | None,
-    norm: Callable[[Tensor], Tensor] | None,
+    norm: nn.LayerNorm | None,
     extra: Tensor | None = None,
     *,
     tp: TPGroup,
@@ -62,8 +61,4 @@ def reduce_residual_norm(
         payload = all_reduce(torch.cat([partial.flatten(), extra.flatten()]), tp)
         partial = payload[: partial.numel()].view_as(partial)
         extra.copy_(payload[partial.numel() :].view_as(extra))
-    # added in fp32 at least and rounded once: rounding each sum made 16-bit logits a seventh worse. The bias
-    # goes to the partial sum first, for the residual is the largest, and what is added to it is rounded most.
-    total = partial.to(torch.promote_types(residual.dtype, torch.float32))
-    residual = (residual + (total if bias is None else total + bias)).to(residual.dtype)
-    return residual, residual if norm is None else norm(residual)
+    return residual_norm(partial, residual, bias, norm)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dejavu.kernels.predict import predict
+
 # A quantised matrix has one 16-bit scale for so many weights of a row.
 GROUP = 64
 
@@ -32,6 +34,56 @@ class LowRank(nn.Module):
         """``z [B, S, D]`` to scores ``[B, S, n]``: a trained one's are log odds."""
         hidden = F.linear(z, self.down)
         return F.linear(F.relu(hidden) if self.relu else hidden, self.up, self.bias)
+
+
+class PackedLowRank(nn.Module):
+    """A `LowRank` as decoding on a GPU reads it: fp16 weights, or int8 with a scale a row.
+
+    Args:
+        network: in fp32.
+        threshold: what scores above it is chosen; on the device, so that it can move under a captured graph.
+        bits: 16 or 8.
+    """
+
+    threshold: Tensor
+    tally: Tensor
+    down_sums: Tensor
+
+    def __init__(self, network: LowRank, threshold: float, bits: int) -> None:
+        super().__init__()
+        for name, weight in (("down", network.down), ("up", network.up)):
+            data, scale = (weight.half(), None) if bits == 16 else _int8(weight)
+            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+            self.register_buffer(f"{name}_scale", scale)
+        self.bias = nn.Parameter(network.bias.float(), requires_grad=False)
+        self.relu = network.relu
+        self.register_buffer("down_sums", self._wide("down").sum(-1))
+        self.register_buffer("threshold", torch.tensor([threshold], dtype=torch.float32))
+        self.register_buffer("tally", torch.zeros(2, dtype=torch.int64))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``z [B, S, D]`` to scores ``[B, S, n]``, for whole texts; decoding calls `active_set`."""
+        hidden = F.linear(z, self._wide("down").to(z.dtype))
+        scores = F.linear(F.relu(hidden) if self.relu else hidden, self._wide("up").to(z.dtype))
+        return scores + self.bias
+
+    def active_set(self, residual: Tensor, alive: Tensor | None, *, union: bool) -> tuple[Tensor, Tensor]:
+        """The ids and the count of what is chosen at ``residual [B, D]``: of the whole batch or, without
+        ``union``, of each sequence. See `dejavu.kernels.predict.predict`."""
+        weights = (self.down, self.down_scale, self.down_sums, self.up, self.up_scale, self.bias)
+        state = (self.threshold, alive, self.tally)
+        return predict(residual, *weights, *state, union=union, relu=self.relu)
+
+    def _wide(self, name: str) -> Tensor:
+        weight: Tensor = getattr(self, name).float()
+        scale: Tensor | None = getattr(self, f"{name}_scale")
+        return weight if scale is None else weight * scale
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix's codes and the scale of each row, fp32 ``[n, 1]``."""
+    scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return (weight / scale).round().to(torch.int8), scale
 
 
 class Rows(nn.Module):

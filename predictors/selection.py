@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dejavu.kernels.predict import compact
+from dejavu.predictors.networks import PackedLowRank
 from dejavu.profiles.nvtx import nvtx_range
 
 Kind = Literal["mlp", "heads"]
@@ -76,10 +78,7 @@ class Chosen:
     @classmethod
     def from_mask(cls, mask: Tensor, mean: HeadMean | None = None) -> "Chosen":
         """The set of the True entries of ``mask [n]`` or ``[B, n]``."""
-        # a stable sort of "not chosen" puts the chosen first and keeps their order
-        ids = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
-        count = mask.sum(-1, dtype=torch.int32)
-        return cls(ids.to(torch.int32), count.reshape(-1), mean)
+        return cls(*compact(mask), mean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,22 +201,30 @@ class Policy(Selector):
             if unit.tap is not None:
                 self._by_tap.setdefault(unit.tap, []).append(unit)
         self._scores: dict[int, Tensor] = {}
+        self._sets: dict[int, Chosen] = {}  # those that the kernels have found already
         self._positions = torch.empty(0)
         self._alive: Tensor | None = None
-        self._chosen: dict[tuple[Kind, int], tuple[Tensor | int, Tensor | int]] = {}  # shares, rows
+        self._chosen: dict[tuple[Kind, int], tuple[Tensor | float, Tensor | int]] = {}  # shares, rows
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
-        self._positions, self._alive = positions, None if alive is None else alive.bool()
+        self._positions, self._alive = positions, alive
         self._scores.clear()
+        self._sets.clear()
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
-        units = self._by_tap.get(tap)
-        if units is None:
-            return
-        z = standardise(residual)
-        for unit in units:
+        for unit in self._by_tap.get(tap, ()):
             with nvtx_range(unit.predict_name, "predict"):
-                self._scores[id(unit)] = unit.scorer(z)
+                if self._in_one_go(unit):
+                    assert isinstance(unit.scorer, PackedLowRank) and residual.shape[1] == 1
+                    union = unit.kind == "mlp" and self.sharing == "union"
+                    found = unit.scorer.active_set(residual[:, 0], self._alive, union=union)
+                    self._sets[id(unit)] = Chosen(*found, unit.mean)
+                else:
+                    self._scores[id(unit)] = unit.scorer(standardise(residual))
+
+    def _in_one_go(self, unit: Unit) -> bool:
+        """Whether the kernels find a unit's set at its tap, without scores that anyone sees."""
+        return self.sharing != "mask" and unit.refine is None and isinstance(unit.scorer, PackedLowRank)
 
     def heads(self, layer: int, truth: Truth) -> Choice:
         return self._choose("heads", layer, truth)
@@ -237,7 +244,16 @@ class Policy(Selector):
     def density(self, kind: Kind) -> Tensor:
         """The share of this rank's neurons or heads that was chosen since the last call: fp32[1], the mean
         over tokens and layers; 1 in layers without a unit."""
-        shares = [t / torch.as_tensor(n).clamp(min=1) for (k, _), (t, n) in self._chosen.items() if k == kind]
+        for key, unit in self.units.items():
+            if key[0] == kind and self._in_one_go(unit):
+                chosen, sets = unit.scorer.tally.tolist()
+                self._chosen[key] = (chosen / unit.scorer.bias.numel(), sets)
+                unit.scorer.tally.zero_()
+        shares = [
+            torch.as_tensor(t) / torch.as_tensor(n).clamp(min=1)
+            for (k, _), (t, n) in self._chosen.items()
+            if k == kind
+        ]
         self._chosen = {key: value for key, value in self._chosen.items() if key[0] != kind}
         return (sum(shares, torch.tensor(float(self.num_layers - len(shares)))) / self.num_layers).reshape(1)
 
@@ -245,6 +261,8 @@ class Policy(Selector):
         unit = self.units.get((kind, layer))
         if unit is None:
             return None
+        if id(unit) in self._sets:
+            return self._sets.pop(id(unit))
         with nvtx_range(unit.select_name, "select"):
             mask = self._mask(unit, truth)
             if self.sharing == "mask":
@@ -252,7 +270,7 @@ class Policy(Selector):
                 return Masked(mask | (self._positions < self.dense_until)[..., None], unit.mean)
             mask = mask[:, 0]
             if self._alive is not None:
-                mask = mask & self._alive[:, None]
+                mask = mask & self._alive.bool()[:, None]
             if kind == "mlp" and self.sharing == "union":
                 mask = mask.any(0)
             self.count(unit, mask, truth)

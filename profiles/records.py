@@ -69,6 +69,11 @@ def device_name() -> str:
     return f"{count} x {torch.cuda.get_device_name(0)}"
 
 
+def device_slug() -> str:
+    """The hardware as part of a file's name: ``1xh200``."""
+    return device_name().lower().replace("nvidia ", "").replace(" ", "")
+
+
 def _markdown(record: Mapping[str, Any]) -> str:
     """The conditions, and a table for each run of rows that begin with the same key."""
     plain = {k: v for k, v in record.items() if k not in ("name", "command", "rows")}

@@ -123,3 +123,36 @@ def parse_dtype(name: str) -> torch.dtype:
     if not isinstance(name, str) or name not in _DTYPES:
         raise ValueError(f"dtype={name!r} is unknown: use fp16, bf16 or fp32")
     return _DTYPES[name]
+
+
+# OPT's published sizes (arXiv 2205.01068, table 1): hidden size, layers, heads. opt-350m is of another kind.
+_PUBLISHED = {
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 24, 32),
+    "opt-2.7b": (2560, 32, 32),
+    "opt-6.7b": (4096, 32, 32),
+    "opt-13b": (5120, 40, 40),
+    "opt-30b": (7168, 48, 56),
+    "opt-66b": (9216, 64, 72),
+    "opt-175b": (12288, 96, 96),
+}
+
+
+def published_config(name: str) -> OPTConfig:
+    """The architecture of a published size, ``opt-125m`` to ``opt-175b``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in _PUBLISHED:
+        raise ValueError(f"shape={name!r} is unknown: use {', '.join(_PUBLISHED)}")
+    hidden_size, num_layers, num_heads = _PUBLISHED[name]
+    return OPTConfig(
+        vocab_size=50272,
+        hidden_size=hidden_size,
+        ffn_dim=4 * hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_position_embeddings=2048,
+        word_embed_proj_dim=hidden_size,
+    )

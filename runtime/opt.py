@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.kernels.sparse_attention import fill_kv_reference, sparse_attention_reference
-from dejavu.kernels.sparse_mlp import sparse_mlp_reference
+from dejavu.kernels.device import MAX_TOKENS
+from dejavu.kernels.sparse_attention import fill_kv_reference, sparse_attention
+from dejavu.kernels.sparse_mlp import sparse_mlp
 from dejavu.parallel.collectives import reduce_residual_norm
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.layers import (
@@ -45,8 +46,8 @@ class Attention(nn.Module):
         self, x: Tensor, kv: LayerKV, step: Step, heads: Choice = None, out: Tensor | None = None
     ) -> Tensor:
         """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``; appends to ``kv``."""
-        if isinstance(heads, Chosen):
-            return self._chosen_heads(x, kv, step, heads, out)
+        if isinstance(heads, Chosen) or (heads is None and step.mask is not None and decodes_on_kernels(x)):
+            return self._decode(x, kv, step, heads, out)
         y = self.head_outputs(x, kv, step)
         if heads is not None:
             y = heads.apply(y)
@@ -73,43 +74,45 @@ class Attention(nn.Module):
         """Bytes of weights that a decode step of all heads reads on this rank."""
         return sum(p.nbytes for p in self.parameters())
 
-    def _chosen_heads(self, x: Tensor, kv: LayerKV, step: Step, heads: Chosen, out: Tensor | None) -> Tensor:
-        """A decode step of the chosen heads; what they lack of ``kv`` is filled in first."""
+    def _decode(self, x: Tensor, kv: LayerKV, step: Step, heads: Chosen | None, out: Tensor | None) -> Tensor:
+        """A decode step of the chosen heads (None: of all); what they lack of ``kv`` is filled in first."""
         assert step.mask is not None and x.shape[1] == 1, (
             "heads are chosen when decoding, one query at a time"
         )
-        positions, qkv, out_proj = step.positions[:, 0], self.qkv_proj, self.out_proj.weight.value
-        if kv.filled_to is None:
-            kv.write(*qkv.keys_values(x), step)
-        else:
-            self._fill(x[:, 0], kv, positions, heads)
-        mean = heads.mean
-        y = sparse_attention_reference(
+        qkv, out_proj = self.qkv_proj.weight, self.out_proj.weight
+        heads_of = (qkv.data.shape[0], -1)
+        mean = None if heads is None else heads.mean
+        y = sparse_attention(
             x[:, 0],
-            qkv.weight.value,
-            qkv.bias,
+            qkv.data,
+            qkv.scale,
+            self.qkv_proj.bias,
             kv.keys,
             kv.values,
-            positions,
-            out_proj.unflatten(0, (qkv.weight.value.shape[0], -1)),
-            heads.ids,
-            heads.count,
-            None if mean is None else mean.output.to(x.dtype),
-            None if out is None else out[:, 0],
+            step.positions[:, 0],
+            out_proj.data.unflatten(0, heads_of),
+            None if out_proj.scale is None else out_proj.scale.unflatten(0, heads_of),
+            None if heads is None else heads.ids,
+            None if heads is None else heads.count,
+            inputs=kv.inputs,
+            filled_to=kv.filled_to,
+            layer=self.index,
+            mean=None if mean is None else mean.output.to(x.dtype),
+            base=None if mean is None else mean.projected,
+            out=None if out is None else out[:, 0],
         )
-        if mean is not None:
-            y += mean.projected
-        return y[:, None] if out is None else out
+        return y[:, None]
 
     def _fill(self, x: Tensor | None, kv: LayerKV, positions: Tensor, heads: Chosen) -> None:
         """Completes keys and values of ``heads`` up to ``positions``; keeps ``x [B, D]`` for the others."""
         assert kv.inputs is not None and kv.filled_to is not None
-        weight, bias = self.qkv_proj.weight.value, self.qkv_proj.bias
+        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         with nvtx_range(self.fill_name, "kv"):
             fill_kv_reference(
                 x,
                 kv.inputs,
-                weight,
+                weight.data,
+                weight.scale,
                 bias,
                 kv.keys,
                 kv.values,
@@ -133,10 +136,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, neurons: Choice = None, out: Tensor | None = None) -> Tensor:
         """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``."""
         fc1, fc2 = self.fc1, self.fc2
-        if isinstance(neurons, Chosen):
-            return sparse_mlp_reference(
-                x, fc1.weight.value, fc1.bias, fc2.weight.value, neurons.ids, neurons.count, out=out
-            )
+        if isinstance(neurons, Chosen) or (neurons is None and decodes_on_kernels(x) and len(x) == 1):
+            ids, count = (None, None) if neurons is None else (neurons.ids, neurons.count)
+            weights = (fc1.weight.data, fc1.weight.scale, fc1.bias, fc2.weight.data, fc2.weight.scale)
+            return sparse_mlp(x, *weights, ids, count, out)
         hidden = self.hidden(x)
         if neurons is not None:
             hidden = neurons.apply(hidden)
@@ -311,6 +314,12 @@ class OPTModel(nn.Module):
         if i + 1 < len(self.layers):
             return self.layers[i + 1].self_attn_layer_norm
         return self.final_layer_norm
+
+
+def decodes_on_kernels(x: Tensor) -> bool:
+    """Whether a step over all heads or neurons of ``x [B, S, D]`` goes by the kernels too: reading weights is
+    all there is to it. (Over chosen ones it does anyway, on whatever device.)"""
+    return x.is_cuda and x.shape[1] == 1 and len(x) <= MAX_TOKENS
 
 
 def _layer_norm(config: OPTConfig) -> LayerNorm:

@@ -15,7 +15,7 @@ from dejavu.predictors.files import (
     PredictorTensors,
     read_manifest,
 )
-from dejavu.predictors.networks import HeadContribution, NeuronContribution
+from dejavu.predictors.networks import HeadContribution, LowRank, NeuronContribution, PackedLowRank
 from dejavu.predictors.selection import HeadMean, Kind, Policy, Sharing, Tap, Unit
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.opt import OPTModel
@@ -120,11 +120,15 @@ def build_policy(
         layer = entry.layer
         mean = tensors.head_mean(layer) if entry.kind == "heads" else None
         scorer = tensors.scorer(name, entry, lambda: contribution(model, entry.kind, layer, mean))
+        if isinstance(scorer, LowRank) and model.tp.device.type == "cuda":
+            scorer = PackedLowRank(scorer, threshold, 16 if entry.bits == 16 else 8).to(model.tp.device)
+        else:
+            scorer.to(device=model.tp.device, dtype=wide)
         return Unit(
             kind=entry.kind,
             layer=layer,
             tap=None if entry.tap is None else Tap.parse(entry.tap),
-            scorer=scorer.to(device=model.tp.device, dtype=wide),
+            scorer=scorer,
             sees_truth=entry.method == "oracle",
             threshold=threshold,
             mean=None if mean is None else _head_mean(model, layer, mean),

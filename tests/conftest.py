@@ -4,13 +4,17 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 
+import torch
+
+if not torch.cuda.is_available():  # before anything imports the kernels: Triton decides then
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
-from dejavu.profiles.records import device_name, write_record
+from dejavu.profiles.records import device_slug, write_record
 from dejavu.runtime.weights import find_model
 
 RESULTS = Path(__file__).parent.parent / "profiles" / "results"
@@ -57,6 +61,6 @@ def pytest_terminal_summary(terminalreporter, config):
         for report in terminalreporter.stats.get(outcome, [])
         if {"gpu", "multi_gpu"} & set(report.keywords)
     ]
-    name = "parity-" + device_name().lower().replace("nvidia ", "").replace(" ", "")
+    name = "parity-" + device_slug()
     path = write_record(Path(directory), name, rows, command='pytest -m "gpu or multi_gpu" --record-results')
     terminalreporter.write_line(f"recorded in {path}")

@@ -12,7 +12,7 @@ LEAF = ("profiles.nvtx", "profiles.records")
 DECODING = ("predictors.selection", "predictors.networks", "predictors.files")
 MAY_IMPORT = {
     "kernels": (*LEAF, "kernels"),
-    "parallel": (*LEAF, "parallel"),
+    "parallel": (*LEAF, "parallel", "kernels"),
     **{f"{name.replace('.', '/')}.py": (*LEAF, "kernels", "parallel", *DECODING) for name in DECODING},
     "runtime": (*LEAF, "kernels", "parallel", *DECODING, "runtime"),
     **{f"{name.replace('.', '/')}.py": () for name in LEAF},

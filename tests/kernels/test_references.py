@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.kernels.sparse_attention import SPREAD, fill_kv_reference, sparse_attention_reference
-from dejavu.kernels.sparse_mlp import sparse_mlp_reference
+from dejavu.kernels.sparse_attention import SPREAD, fill_kv_reference, sparse_attention
+from dejavu.kernels.sparse_mlp import sparse_mlp
 from dejavu.predictors.selection import Chosen
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -69,11 +69,13 @@ def test_sparse_mlp(batch, D, F, density, dtype, with_bias, shared):
     bias = bias if with_bias else torch.zeros_like(bias)
     expected = ((x @ fc1.T + bias).relu() * (mask if shared else mask[:, None])) @ fc2
     out = torch.full((batch, 1, D), torch.nan, dtype=dtype)
-    found = sparse_mlp_reference(
+    found = sparse_mlp(
         x.to(dtype),
         fc1.to(dtype),
+        None,
         bias.to(dtype) if with_bias else None,
         fc2.to(dtype),
+        None,
         ids[0] if shared else ids,
         count,
         out=out,
@@ -85,19 +87,27 @@ def test_sparse_mlp(batch, D, F, density, dtype, with_bias, shared):
 def test_one_set_a_sequence_is_a_batch_of_one_each():
     x, fc1, bias, fc2 = mlp_inputs(3, 7, 13)
     chosen = Chosen.from_mask(torch.rand(3, 13, generator=generator()) < 0.4)
-    together = sparse_mlp_reference(x, fc1, bias, fc2, chosen.ids, chosen.count)
+    together = sparse_mlp(x, fc1, None, bias, fc2, None, chosen.ids, chosen.count)
     for i in range(3):
-        alone = sparse_mlp_reference(x[i : i + 1], fc1, bias, fc2, chosen.ids[i], chosen.count[i : i + 1])
+        alone = sparse_mlp(x[i : i + 1], fc1, None, bias, fc2, None, chosen.ids[i], chosen.count[i : i + 1])
         torch.testing.assert_close(together[i], alone[0])
 
 
 def test_unsorted_ids_give_the_same_sum():
     x, fc1, bias, fc2 = mlp_inputs(2, 8, 16)
-    ids = torch.tensor([9, 2, 5, 14], dtype=torch.int32)
+    named, past = [9, 2, 5, 14], 12 * [-1]
     count = torch.tensor([4], dtype=torch.int32)
-    forward = sparse_mlp_reference(x, fc1, bias, fc2, ids, count)
-    backward = sparse_mlp_reference(x, fc1, bias, fc2, ids.flip(0), count)
+    forward, backward = (
+        sparse_mlp(x, fc1, None, bias, fc2, None, torch.tensor(ids + past, dtype=torch.int32), count)
+        for ids in (named, named[::-1])
+    )
     torch.testing.assert_close(forward, backward)
+
+
+def filled(positions, N, D, dtype):
+    """A ring, and keys and values that are complete."""
+    ring = torch.zeros(len(positions), W, D, dtype=dtype)
+    return {"inputs": ring, "filled_to": positions[:, None].repeat(1, N) + 1}
 
 
 def attention_one_by_one(x, qkv, bias, keys, values, positions, out_proj, mask, mean):
@@ -134,18 +144,21 @@ def test_sparse_attention(batch, N, H, T, D, chosen, dtype, with_bias, with_mean
             kv[b, :, position + 1 :] = 1e3  # of a text that was there before
     ids, count = shuffled(mask)
     out = torch.full((batch, D), torch.nan, dtype=dtype)
-    found = sparse_attention_reference(
+    found = sparse_attention(
         x,
         qkv,
+        None,
         bias if with_bias else None,
         keys,
         values,
         positions,
         out_proj,
+        None,
         ids,
         count,
-        mean if with_mean else None,
-        out,
+        mean=mean if with_mean else None,
+        out=out,
+        **filled(positions, N, D, dtype),
     )
     expected = attention_one_by_one(
         x.double(),
@@ -165,9 +178,11 @@ def test_sparse_attention(batch, N, H, T, D, chosen, dtype, with_bias, with_mean
 def test_attention_without_a_place_to_write_to():
     x, qkv, keys, values, out_proj = normals(0, (2, 6), (3, 3, 2, 6), *[(2, 3, 4, 2)] * 2, (3, 2, 6))
     ids, count = shuffled(torch.tensor([[True, False, True], [False, True, False]]))
-    arguments = (x, qkv, None, keys, values, torch.tensor([3, 1]), out_proj, ids, count)
-    given_place = sparse_attention_reference(*arguments, out=torch.empty_like(x))
-    torch.testing.assert_close(sparse_attention_reference(*arguments), given_place, atol=0, rtol=0)
+    positions = torch.tensor([3, 1])
+    arguments = (x, qkv, None, None, keys, values, positions, out_proj, None, ids, count)
+    state = filled(positions, 3, 6, x.dtype)
+    given_place = sparse_attention(*arguments, **state, out=torch.empty_like(x))
+    torch.testing.assert_close(sparse_attention(*arguments, **state), given_place, atol=0, rtol=0)
 
 
 class Filling:
@@ -197,6 +212,7 @@ class Filling:
             x,
             self.ring,
             self.qkv,
+            None,
             self.bias,
             self.keys,
             self.values,
