@@ -31,8 +31,8 @@ def to_float(w):
 
 @triton.jit
 def dot(a, b, acc):
-    """``acc + a @ b`` in fp32: pairs of one 16-bit type on tensor cores as they are, mixed pairs as three tf32
-    products, a pair in fp32 as it is."""
+    """``acc + a @ b`` in fp32: a pair of one 16-bit type on tensor cores as it is, a mixed pair as three tf32
+    products, a pair in fp32 without rounding."""
     if a.dtype == b.dtype and a.dtype != tl.float32 and not (_INTERPRETED and a.dtype == tl.bfloat16):
         acc = tl.dot(a, b, acc)
     elif a.dtype == b.dtype:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, counters, dot, num_sms
+from dejavu.kernels.device import MAX_TOKENS, counters, dot, num_sms, to_float
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
@@ -174,6 +174,14 @@ def _is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOC
     return chosen
 
 
+@triton.jit
+def _input(x_ptr, inputs_ptr, position, back, needed, D, W, cols, inside):
+    """The block's input of one sequence ``back`` positions ago, zeros where it is not needed."""
+    past_ptr = inputs_ptr + (position - back) % W * D
+    x_ptr = tl.where(back == 0, x_ptr, past_ptr)
+    return tl.load(x_ptr + cols, mask=inside & (back < needed), other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["layer", "B", "N", "T"])
 def _qkv_kernel(
     x_ptr,
@@ -235,6 +243,9 @@ def _qkv_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     inside_rows = row < 3 * H
     weights = weight_ptr + (head.to(tl.int64) * 3 * H + row)[:, None] * D
+    flat = head * 3 * H + row
+    part, h = row // H, row % H
+    place = (b * N + head) * H
     needed = tl.max(tl.maximum(missing, chosen.to(tl.int64)), 0)
     if (block + 1) * ROWS <= H:
         needed = tl.minimum(needed, tl.max(chosen, 0).to(tl.int64))  # queries are of this step only
@@ -242,32 +253,53 @@ def _qkv_kernel(
         back = first + age
         used = real & ((back < missing) | ((back == 0) & (chosen > 0)))
         at = position - back
-        acc = tl.zeros([ROWS, SEQUENCES * AGES], tl.float32)
-        for d in tl.range(0, D, BLOCK_D):
-            inside = d + cols < D
-            w = tl.load(weights + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
-            now = used & (back == 0)
-            x = tl.load(
-                x_ptr + (b * D)[None, :] + (d + cols)[:, None],
-                mask=now[None, :] & inside[:, None],
-                other=0.0,
-            )
-            if LAZY:
-                past = tl.load(
-                    inputs_ptr + ((b * W + at % W) * D)[None, :] + (d + cols)[:, None],
-                    mask=(used & (back > 0))[None, :] & inside[:, None],
-                    other=0.0,
+        if SEQUENCES == 1:
+            t = tl.load(positions_ptr)
+            acc0 = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            acc1, acc2, acc3 = acc0, acc0, acc0
+            for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
+                inside = d + cols < D
+                w = to_float(
+                    tl.load(
+                        weights + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0
+                    )
                 )
-                x = tl.where(now[None, :], x, past)
-            acc = dot(w, x, acc)
-        flat = head * 3 * H + row
+                if AGES == 1:
+                    x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
+                else:
+                    x = _input(x_ptr, inputs_ptr, t, first, needed, D, W, d + cols, inside)
+                acc0 += w * x[None, :]
+                if AGES == 4:
+                    x = _input(x_ptr, inputs_ptr, t, first + 1, needed, D, W, d + cols, inside)
+                    acc1 += w * x[None, :]
+                    x = _input(x_ptr, inputs_ptr, t, first + 2, needed, D, W, d + cols, inside)
+                    acc2 += w * x[None, :]
+                    x = _input(x_ptr, inputs_ptr, t, first + 3, needed, D, W, d + cols, inside)
+                    acc3 += w * x[None, :]
+            acc = tl.sum(acc0, 1)[:, None]
+            if AGES == 4:
+                later = tl.where((age == 1)[None, :], tl.sum(acc1, 1)[:, None], acc)
+                later = tl.where((age == 2)[None, :], tl.sum(acc2, 1)[:, None], later)
+                acc = tl.where((age == 3)[None, :], tl.sum(acc3, 1)[:, None], later)
+        else:
+            acc = tl.zeros([ROWS, SEQUENCES * AGES], tl.float32)
+            x_ptrs = x_ptr + b * D
+            if LAZY:
+                x_ptrs = tl.where(back == 0, x_ptrs, inputs_ptr + (b * W + at % W) * D)
+            for d in tl.range(0, D, BLOCK_D):
+                inside = d + cols < D
+                w = tl.load(
+                    weights + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0
+                )
+                x = tl.load(
+                    x_ptrs[None, :] + (d + cols)[:, None], mask=used[None, :] & inside[:, None], other=0.0
+                )
+                acc = dot(w, x, acc)
         if HAS_SCALE:
             acc *= tl.load(scale_ptr + flat, mask=inside_rows, other=0.0)[:, None]
         if HAS_BIAS:
             acc += tl.load(bias_ptr + flat, mask=inside_rows, other=0.0).to(tl.float32)[:, None]
-        part, h = row // H, row % H
         asked = (back == 0) & (chosen > 0)
-        place = (b * N + head) * H
         tl.store(q_ptr + place[None, :] + h[:, None], acc, mask=(part == 0)[:, None] & asked[None, :])
         lacking = back < missing
         slot = ((b * N + head) * T + at) * H
@@ -401,7 +433,8 @@ def _sparse_attention(
     common = {"HAS_IDS": ids is not None, "LAZY": filled_to is not None, "SPREAD": SPREAD}
     common |= {"H": H, "W": W, "BLOCK_N": triton.next_power_of_2(N)}
     sequences = triton.next_power_of_2(B)
-    chosen = settings("qkv", _default_qkv_settings(qkv.dtype), 3 * N * H, D, qkv.dtype, B, device)
+    ages = max(16 // sequences, 1) if B > 1 else 4 if filled_to is not None else 1
+    chosen = settings("qkv", _default_qkv_settings(D, qkv.dtype, B), 3 * N * H, D, qkv.dtype, B, device)
     _qkv_kernel[(N * triton.cdiv(3 * H, chosen["ROWS"]),)](
         x,
         inputs,
@@ -423,7 +456,7 @@ def _sparse_attention(
         HAS_SCALE=qkv_scale is not None,
         HAS_BIAS=qkv_bias is not None,
         SEQUENCES=sequences,
-        AGES=max(16 // sequences, 1),
+        AGES=ages,
         **common,
         **chosen,
     )
@@ -464,8 +497,10 @@ def _sparse_attention(
     )
 
 
-def _default_qkv_settings(dtype: torch.dtype) -> Settings:
-    """Sound for any shape: programs of one warp, many to a multiprocessor, with deep queues of loads."""
+def _default_qkv_settings(D: int, dtype: torch.dtype, batch: int) -> Settings:
+    """Sound for any shape: two rows a program for one sequence; for more, a warp with a queue of loads."""
+    if batch == 1:
+        return {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
     block = 256 if dtype.itemsize == 1 else 128 if dtype.itemsize == 2 else 64
     return {"ROWS": 16, "BLOCK_D": block, "num_warps": 1, "num_stages": 4}
 

@@ -8,6 +8,7 @@ Shape legend: B batch, D hidden, N local heads, H head dim, F local ffn, r rank,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,8 +105,14 @@ def random_ids(rows: int, n: int, chosen: int, device: torch.device) -> tuple[Te
     return ids.int(), torch.full((rows,), chosen, dtype=torch.int32, device=device)
 
 
-def bench_mlp(bench: Bench, local: Local, weights: str, batch: int = 1,
-              densities: Sequence[float] = DENSITIES, lives: Sequence[float] = (1.0, 1 / 3)) -> Iterator[Row]:  # fmt: skip
+def bench_mlp(
+    bench: Bench,
+    local: Local,
+    weights: str,
+    batch: int = 1,
+    densities: Sequence[float] = DENSITIES,
+    lives: Sequence[float] = (1.0, 1 / 3),
+) -> Iterator[Row]:
     """cuBLAS dense, our dense, then every density with all chosen neurons live and with one in three.
 
     A row's bytes are those of the chosen rows of fc1 and of the live ones of fc2.
@@ -201,13 +208,26 @@ class _Layers:
             out=self.out,
         )
 
-    def rewind(self) -> None:
-        """Back to where the timed steps begin."""
+    def calls(self) -> list[Call]:
+        """A step of each copy in turn, position by position; the first puts the states back, in its time."""
+        steps = _CALLS // _COPIES
+        turns = [(copy, CACHED + step) for step in range(steps) for copy in range(_COPIES)]
+        return [self._rewind_and_step, *(partial(self.step, *turn) for turn in turns[1:])]
+
+    def dense_calls(self) -> list[Call]:
+        """The same over all heads, by our kernels."""
+        return [partial(self.step, i % _COPIES, CACHED, all_heads=True) for i in range(4)]
+
+    def library_calls(self) -> list[Call]:
+        """The same over all heads, by cuBLAS and scaled_dot_product_attention."""
+        return [partial(self._by_library, i % _COPIES) for i in range(4)]
+
+    def _rewind_and_step(self) -> None:
         for copy, start in zip(self.copies, self.start, strict=True):
             copy["filled_to"].copy_(start)
+        self.step(0, CACHED)
 
-    def by_library(self, copy: int) -> None:
-        """A dense step by cuBLAS and scaled_dot_product_attention."""
+    def _by_library(self, copy: int) -> None:
         c, D, N, H = self.copies[copy], self.D, self.N, self.H
         qkv = F.linear(self.x, c["qkv"][0].view(3 * N * H, D), self.bias.flatten()).view(N, 3, 1, H)
         q, k, v = qkv.unbind(1)
@@ -234,26 +254,16 @@ def bench_attention(bench: Bench, local: Local, weights: str,
         chosen = max(round(density * N), 1)
         layers = _Layers(local, weights, chosen, device)
         if density == densities[0]:
-            calls: list[Call] = [
-                lambda c=c: layers.step(c % _COPIES, CACHED, all_heads=True) for c in range(4)
-            ]  # type: ignore[misc]
-            ours = bench.row(calls, N * head_bytes, **what, engine="dejavu dense", density=1.0)
+            ours = bench.row(layers.dense_calls(), N * head_bytes, **what, engine="dejavu dense", density=1.0)
             dense_us = ours["us_p50"]
             if itemsize > 1:
-                calls = [lambda c=c: layers.by_library(c % _COPIES) for c in range(4)]  # type: ignore[misc]
-                row = bench.row(calls, N * head_bytes, **what, engine="cublas", density=1.0)
+                row = bench.row(layers.library_calls(), N * head_bytes, **what, engine="cublas", density=1.0)
                 dense_us = min(dense_us, row["us_p50"])
                 yield {**row, "speedup_vs_dense": dense_us / row["us_p50"]}
             yield {**ours, "speedup_vs_dense": dense_us / ours["us_p50"]}
-        steps = _CALLS // _COPIES
-
-        def step(i: int, layers: _Layers = layers) -> Call:
-            if i == 0:  # the copies' states go back, in the first call's time
-                return lambda: (layers.rewind(), layers.step(0, CACHED))
-            return lambda: layers.step(i % _COPIES, CACHED + i // _COPIES)
-
-        calls = [step(i) for i in range(_COPIES * steps)]
-        yield bench.row(calls, chosen * head_bytes, dense_us, **what, engine="dejavu", density=chosen / N)
+        yield bench.row(
+            layers.calls(), chosen * head_bytes, dense_us, **what, engine="dejavu", density=chosen / N
+        )
 
 
 def bench_predictor(bench: Bench, local: Local, weights: str, rank: int, batch: int = 1) -> Iterator[Row]:

@@ -24,7 +24,7 @@ class Times:
 def time_calls(calls: Sequence[Call], replays: int = 40) -> Times:
     """Captures the calls in one CUDA graph, in a row, and times its replays.
 
-    The calls should read different memory, more than the L2 cache holds in all: then a call finds in the cache
+    The calls should read different memory, more than the L2 cache holds in all: then each finds in the cache
     what it would find there in a model.
     """
     warm_up = torch.cuda.Stream()

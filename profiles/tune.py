@@ -59,11 +59,9 @@ def candidates(kernel: str, columns: int, itemsize: int) -> list[Settings]:
         )  # fmt: skip
     elif kernel == "qkv":
         tried = (
-            {"ROWS": rows, "BLOCK_D": block, "num_warps": warps, "num_stages": stages}
-            for rows, block, warps, stages in itertools.product(
-                (16, 32, 64), (64, 128, 256), (1, 2, 4), (3, 4, 5, 6)
-            )
-            if rows >= 16 * warps and (rows + 16) * block * itemsize * stages <= 64_000
+            {"ROWS": rows, "BLOCK_D": block, "num_warps": warps}
+            for rows, block, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8))
+            if rows * block / (32 * warps * wide) in (8, 16, 32) and block < 2 * columns
         )
     elif kernel == "attention":
         tried = (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dejavu.kernels.predict import _compact, _predict, compact_reference, predict_reference
 from dejavu.kernels.residual_norm import _residual_norm, residual_norm_reference
-from dejavu.kernels.sparse_attention import SPREAD, _sparse_attention, sparse_attention_reference
+from dejavu.kernels.sparse_attention import _sparse_attention, sparse_attention_reference
 from dejavu.kernels.sparse_mlp import _sparse_mlp, sparse_mlp_reference
 from dejavu.kernels.weighted_rows import weighted_rows, weighted_rows_reference
 
@@ -239,7 +239,7 @@ class Attention:
         self.keys, self.values = (draw.normal(batch, N, T, H, dtype=self.dtype) for _ in range(2))
         self.positions = torch.tensor([T - 2, 6, W + 3][:batch], device=DEVICE)
         # what a head may lack: never more than the ring holds
-        lack = torch.randint(1, W - SPREAD + 1, (batch, N), generator=draw.generator).to(DEVICE)
+        lack = torch.randint(1, W - 6, (batch, N), generator=draw.generator).to(DEVICE)
         self.filled_to = (self.positions[:, None] + 1 - lack).clamp(min=0)
 
     def run(self, kernel, x, ids, count, layer=0, exact=False):
@@ -294,24 +294,25 @@ def test_sparse_attention(batch, H, lazy, chosen, dtype):
         assert torch.equal(ours, again)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", WEIGHTS)
-def test_a_key_has_the_same_bits_whenever_it_is_filled(dtype):
-    """Of two equal sequences one fills its heads at every step, the other only at the last."""
+def test_a_key_has_the_same_bits_whenever_it_is_filled(dtype, batch):
+    """The same inputs, once with all heads chosen at every step and once at the last alone."""
     N, H, D, steps = 2, 20, 40, 15
-    block = Attention(2, N, H, D, steps + 1, dtype, with_mean=False)
-    block.filled_to.zero_()
-    stream = block.draw.normal(steps, D, dtype=block.dtype)
-    for t in range(steps):
-        block.positions = torch.tensor([t, t], device=DEVICE)
-        mask = torch.tensor([[True, True], [t == steps - 1, t == steps - 1]])
-        x = stream[t].expand(2, -1).contiguous()
-        _, block.ring, block.keys, block.values, block.filled_to = block.run(
-            _sparse_attention, x, *block.draw.ids(mask)
-        )
-        assert block.filled_to[0].tolist() == [t + 1, t + 1]
-        assert block.filled_to[1].tolist() == [steps if t == steps - 1 else 0] * 2
-    early, late = torch.stack([block.keys, block.values], 1)[:, :, :, :steps]
-    assert torch.equal(early, late)
+    filled = []
+    for chosen_at in (range(steps), (steps - 1,)):
+        block = Attention(batch, N, H, D, steps + 1, dtype, with_mean=False)
+        block.filled_to.zero_()
+        for t in range(steps):
+            block.positions = torch.full((batch,), t, device=DEVICE)
+            ids, count = Draw(t).ids(torch.full((batch, N), t in chosen_at))
+            x = Draw(t).normal(batch, D, dtype=block.dtype)
+            _, block.ring, block.keys, block.values, block.filled_to = block.run(
+                _sparse_attention, x, ids, count
+            )
+            assert (block.filled_to == (t + 1 if t in chosen_at else 0)).all()
+        filled.append(torch.stack([block.keys, block.values])[..., :steps, :])
+    assert torch.equal(*filled)
 
 
 @functools.cache
