@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton's interpreter takes bf16 for the integers that it is stored in, in products and conversions of int8.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -31,8 +32,12 @@ def to_float(w):
 
 @triton.jit
 def dot(a, b, acc):
-    """``acc + a @ b`` in fp32: a pair of one 16-bit type on tensor cores as it is, a mixed pair as three tf32
-    products, a pair in fp32 without rounding."""
+    """``acc + a @ b`` in fp32. An 8-bit side takes the other's 16-bit type, which holds it exactly; what has
+    fp32 on one side is multiplied as three tf32 products, on both sides without rounding."""
+    if a.dtype.primitive_bitwidth == 8 and b.dtype.primitive_bitwidth == 16:
+        a = to_float(a).to(b.dtype)
+    elif b.dtype.primitive_bitwidth == 8 and a.dtype.primitive_bitwidth == 16:
+        b = to_float(b).to(a.dtype)
     if a.dtype == b.dtype and a.dtype != tl.float32 and not (_INTERPRETED and a.dtype == tl.bfloat16):
         acc = tl.dot(a, b, acc)
     elif a.dtype == b.dtype:
@@ -40,6 +45,27 @@ def dot(a, b, acc):
     else:
         acc = tl.dot(to_float(a), to_float(b), acc, input_precision="tf32x3")
     return acc
+
+
+@triton.jit
+def wait_for_predecessor(PDL: tl.constexpr):
+    """With programmatic dependent launch a kernel starts while its predecessor on the stream still runs; here
+    it waits until that is complete. Before, a program may read weights and write nothing."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def let_successor_start(PDL: tl.constexpr):
+    """The next kernel may start once every program has come here."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@cache
+def has_pdl(device: torch.device) -> bool:
+    """Whether programmatic dependent launch is to be had: from compute capability 9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

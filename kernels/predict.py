@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, dot, to_float, token_block
+from dejavu.kernels.device import (
+    MAX_TOKENS,
+    dot,
+    has_pdl,
+    let_successor_start,
+    to_float,
+    token_block,
+    wait_for_predecessor,
+)
 from dejavu.kernels.tuning import Settings, settings
 
 # Of `torch.nn.functional.layer_norm`, by which predictors were trained.
@@ -77,6 +85,7 @@ def _down_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """``hidden[t, k] = act(down[k] . z[t])``, as ``(down[k] . x[t] - mean * sum(down[k])) / deviation``: so a
     program needs no more than one pass over the stream."""
@@ -88,13 +97,21 @@ def _down_kernel(
     sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
+    let_successor_start(PDL)
+    wait_for_predecessor(PDL)
     if TOKENS == 1:
-        inside = cols < D
-        w = tl.load(row_ptr + cols[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
-        x = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(x, 0)[None] / D
-        square = tl.sum(x * x, 0)[None] / D
-        h = tl.sum(to_float(w) * x[None, :], 1)[:, None]
+        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        first = tl.zeros([BLOCK_D], tl.float32)
+        second = tl.zeros([BLOCK_D], tl.float32)
+        for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
+            inside = d + cols < D
+            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
+            x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
+            acc += to_float(w) * x[None, :]
+            first += x
+            second += x * x
+        mean, square = tl.sum(first, 0)[None] / D, tl.sum(second, 0)[None] / D
+        h = tl.sum(acc, 1)[:, None]
     else:
         mean = tl.zeros([TOKENS], tl.float32)
         square = tl.zeros([TOKENS], tl.float32)
@@ -128,6 +145,7 @@ def _up_kernel(
     threshold_ptr,
     alive_ptr,
     mask_ptr,
+    sizes_ptr,
     T,
     N,
     R: tl.constexpr,
@@ -137,8 +155,10 @@ def _up_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Whether ``up[k] . hidden[t] + bias[k]`` is above the threshold, for each live token or for any here."""
+    """Whether ``up[k] . hidden[t] + bias[k]`` is above the threshold, for each live token or for any here;
+    and for how many k of this program."""
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside_rows = k < N
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -149,11 +169,18 @@ def _up_kernel(
     if HAS_SCALE:
         scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
     live = t < T
+    if TOKENS == 1:
+        early = tl.load(
+            row_ptr + cols[None, :], mask=inside_rows[:, None] & (cols < R)[None, :], other=0.0
+        )  # while the first layer still runs
+    let_successor_start(PDL)
+    wait_for_predecessor(PDL)
     if HAS_ALIVE:
         live = live & (tl.load(alive_ptr + t, mask=live, other=0) != 0)
     if TOKENS == 1:
-        acc = tl.zeros([ROWS, BLOCK_R], tl.float32)
-        for d in tl.static_range(0, R, BLOCK_R):
+        h = tl.load(hidden_ptr + cols, mask=cols < R, other=0.0)
+        acc = to_float(early) * h[None, :]
+        for d in tl.static_range(BLOCK_R, R, BLOCK_R):
             inside = d + cols < R
             w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
             h = tl.load(hidden_ptr + d + cols, mask=inside, other=0.0)
@@ -174,14 +201,21 @@ def _up_kernel(
         scores *= scale[:, None]
     chosen = ((scores + bias[:, None] > threshold) & live[None, :]).to(tl.int8)
     if UNION:
-        tl.store(mask_ptr + tl.program_id(1) * N + k, tl.max(chosen, 1), mask=inside_rows)
+        any_of_them = tl.where(inside_rows, tl.max(chosen, 1), 0)
+        tl.store(mask_ptr + tl.program_id(1) * N + k, any_of_them, mask=inside_rows)
+        size = tl.sum(any_of_them.to(tl.int32), 0)
+        tl.store(sizes_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), size)
     else:
+        chosen = tl.where(inside_rows[:, None], chosen, 0)
         tl.store(mask_ptr + t[None, :] * N + k[:, None], chosen, mask=inside_rows[:, None] & (t < T)[None, :])
+        size = tl.sum(chosen.to(tl.int32), 0)
+        tl.store(sizes_ptr + t * tl.num_programs(0) + tl.program_id(0), size, mask=t < T)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _compact_kernel(
     mask_ptr,
+    sizes_ptr,
     alive_ptr,
     ids_ptr,
     count_ptr,
@@ -190,16 +224,23 @@ def _compact_kernel(
     HAS_ALIVE: tl.constexpr,
     HAS_TALLY: tl.constexpr,
     PLACED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """A program counts what is chosen before its entries, and puts the ids of its own behind that."""
+    """A program counts what is chosen before its entries, and puts the ids of its own behind that.
+
+    ``sizes`` has the number of chosen ones in every ROWS entries, which divide PLACED.
+    """
     block, s = tl.program_id(0), tl.program_id(1)
+    let_successor_start(PDL)
+    wait_for_predecessor(PDL)
     mask_ptr += s * N
     first = block * PLACED
-    i = tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK)
     k = first + tl.arange(0, PLACED)
     chosen = tl.load(mask_ptr + k, mask=k < N, other=0).to(tl.int32)
-    before = tl.sum(tl.load(mask_ptr + i, mask=i < first, other=0).to(tl.int32), 0)
+    before = tl.sum(tl.load(sizes_ptr + s * tl.cdiv(N, ROWS) + i, mask=i * ROWS < first, other=0), 0)
     place = before + tl.cumsum(chosen, 0) - chosen
     tl.store(ids_ptr + s * N + place, k, mask=chosen != 0)
     if block == tl.num_programs(0) - 1:
@@ -231,7 +272,7 @@ def _predict(
     """Launches the two layers and the compaction."""
     (B, D), (n, r), device = residual.shape, up.shape, residual.device
     tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
-    blocks = triton.cdiv(B, tokens)
+    blocks, pdl = triton.cdiv(B, tokens), has_pdl(device)
     hidden = torch.empty(B, r, dtype=torch.float32, device=device)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
@@ -248,9 +289,12 @@ def _predict(
         HAS_SCALE=down_scale is not None,
         RELU=relu,
         TOKENS=tokens,
+        PDL=pdl,
+        launch_pdl=pdl,
         **chosen,
     )
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
+    sizes = torch.empty(len(mask), triton.cdiv(n, chosen["ROWS"]), dtype=torch.int32, device=device)
     _up_kernel[(triton.cdiv(n, chosen["ROWS"]), blocks)](
         hidden,
         up,
@@ -259,6 +303,7 @@ def _predict(
         threshold,
         alive,
         mask,
+        sizes,
         B,
         n,
         R=r,
@@ -266,19 +311,37 @@ def _predict(
         HAS_ALIVE=alive is not None,
         UNION=union,
         TOKENS=tokens,
+        PDL=pdl,
+        launch_pdl=pdl,
         **chosen,
     )
     if union and blocks > 1:
         mask = mask.amax(0, keepdim=True)
-    _launch_compact(mask, ids, count, None if union else alive, tally)
+        sizes, rows = _sizes(mask), _PLACED
+    else:
+        rows = chosen["ROWS"]
+    _launch_compact(mask, sizes, rows, ids, count, None if union else alive, tally)
+
+
+def _sizes(mask: Tensor) -> Tensor:
+    """How many entries of ``mask int8[S, n]`` are chosen in every _PLACED of them."""
+    padded = F.pad(mask, (0, -mask.shape[1] % _PLACED))
+    return padded.unflatten(1, (-1, _PLACED)).sum(-1, dtype=torch.int32)
 
 
 def _launch_compact(
-    mask: Tensor, ids: Tensor, count: Tensor, alive: Tensor | None = None, tally: Tensor | None = None
+    mask: Tensor,
+    sizes: Tensor,
+    rows: int,
+    ids: Tensor,
+    count: Tensor,
+    alive: Tensor | None = None,
+    tally: Tensor | None = None,
 ) -> None:
-    sets, n = mask.shape
+    (sets, n), pdl = mask.shape, has_pdl(mask.device)
     _compact_kernel[(triton.cdiv(n, _PLACED), sets)](
         mask,
+        sizes,
         alive,
         ids,
         count,
@@ -287,20 +350,24 @@ def _launch_compact(
         HAS_ALIVE=alive is not None,
         HAS_TALLY=tally is not None,
         PLACED=_PLACED,
-        BLOCK_N=triton.next_power_of_2(n),
-        num_warps=8,
+        ROWS=rows,
+        BLOCK=triton.next_power_of_2(sizes.shape[1]),
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=4,
     )
 
 
 def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
-    _launch_compact(mask.view(torch.int8), ids, count)
+    mask = mask.view(torch.int8)
+    _launch_compact(mask, _sizes(mask), _PLACED, ids, count)
 
 
 def _default_down_settings(D: int, batch: int) -> Settings:
-    """Sound for any shape: whole rows, so that all of a program's loads are under way at once."""
+    """Sound for any shape: a few rows a program."""
     if batch > 1:
         return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
-    return {"ROWS": 1 if D <= 4096 else 2, "BLOCK_D": triton.next_power_of_2(D), "num_warps": 4}
+    return {"ROWS": 2, "BLOCK_D": min(2048, triton.next_power_of_2(D)), "num_warps": 4}
 
 
 def _default_up_settings(r: int, batch: int) -> Settings:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, counters, dot, num_sms, to_float
+from dejavu.kernels.device import MAX_TOKENS, counters, dot, num_sms
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
@@ -175,11 +175,134 @@ def _is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOC
 
 
 @triton.jit
-def _input(x_ptr, inputs_ptr, position, back, needed, D, W, cols, inside):
-    """The block's input of one sequence ``back`` positions ago, zeros where it is not needed."""
-    past_ptr = inputs_ptr + (position - back) % W * D
-    x_ptr = tl.where(back == 0, x_ptr, past_ptr)
-    return tl.load(x_ptr + cols, mask=inside & (back < needed), other=0.0).to(tl.float32)
+def _products(
+    weights,
+    inside_rows,
+    x_ptrs,
+    used,
+    start,
+    D: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``[ROWS, COLUMNS]``: rows of weights times columns of inputs, over SPAN of the D from ``start`` on."""
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for d in tl.range(0, SPAN, BLOCK_D):
+        cols = d + tl.arange(0, BLOCK_D)
+        inside = (cols < SPAN) & (start + cols < D)
+        cols += start
+        w = tl.load(weights + cols[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_ptrs[None, :] + cols[:, None], mask=used[None, :] & inside[:, None], other=0.0)
+        acc = dot(w, x, acc)
+    return acc
+
+
+@triton.jit
+def _qkv_block(
+    first,
+    x_ptr,
+    inputs_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    filled_to_ptr,
+    positions_ptr,
+    ids_ptr,
+    count_ptr,
+    partial_ptr,
+    arrived_ptr,
+    layer,
+    B,
+    N,
+    T,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    LAZY: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows of Q, K and V for COLUMNS pairs of a sequence and an age: positions from ``first`` steps ago on.
+
+    What a column holds depends neither on its place nor on the other columns, and the parts of D are added in
+    one order: so a key has the same bits whenever it is computed.
+    """
+    blocks = tl.cdiv(3 * H, ROWS)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    column = tl.arange(0, COLUMNS)
+    b, back = column % SEQUENCES, first + column // SEQUENCES
+    real = b < B
+    position = tl.load(positions_ptr + b, mask=real, other=0)
+    chosen = _is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
+    missing = _missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
+    asked = (back == 0) & (chosen > 0)
+    lacking = back < missing
+    used = asked | lacking
+    at = position - back
+    row = block * ROWS + tl.arange(0, ROWS)
+    inside_rows = row < 3 * H
+    flat = head * 3 * H + row
+    x_ptrs = x_ptr + b * D
+    if LAZY:
+        x_ptrs = tl.where(back == 0, x_ptrs, inputs_ptr + (b * W + at % W) * D)
+    SPAN: tl.constexpr = (D + SPLITS - 1) // SPLITS
+    weights = weight_ptr + flat.to(tl.int64)[:, None] * D
+    start = tl.program_id(1) * SPAN
+    acc = _products(weights, inside_rows, x_ptrs, used, start, D, SPAN, ROWS, COLUMNS, BLOCK_D)
+    last = True
+    if SPLITS > 1:
+        mask = inside_rows[:, None] & used[None, :]
+        place = tl.program_id(0).to(tl.int64) * SPLITS * ROWS * COLUMNS
+        part = partial_ptr + place + tl.arange(0, ROWS)[:, None] + column[None, :] * ROWS
+        tl.store(part + tl.program_id(1) * ROWS * COLUMNS, acc, mask=mask)
+        tl.debug_barrier()  # all of this program's sums are written before it arrives
+        meeting = arrived_ptr + tl.program_id(0)
+        last = tl.atomic_add(meeting, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            acc = tl.zeros_like(acc)
+            for i in tl.static_range(SPLITS):
+                acc += tl.load(part + i * ROWS * COLUMNS, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(meeting, 0)
+    if last:
+        if HAS_SCALE:
+            acc *= tl.load(scale_ptr + flat, mask=inside_rows, other=0.0)[:, None]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + flat, mask=inside_rows, other=0.0).to(tl.float32)[:, None]
+        kind, h = row // H, row % H
+        place = (b * N + head) * H
+        tl.store(q_ptr + place[None, :] + h[:, None], acc, mask=(kind == 0)[:, None] & asked[None, :])
+        slot = ((b * N + head).to(tl.int64) * T + at) * H
+        kv = acc.to(keys_ptr.dtype.element_ty)
+        tl.store(keys_ptr + slot[None, :] + h[:, None], kv, mask=(kind == 1)[:, None] & lacking[None, :])
+        tl.store(values_ptr + slot[None, :] + h[:, None], kv, mask=(kind == 2)[:, None] & lacking[None, :])
+
+
+@triton.jit
+def _missing(
+    filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY: tl.constexpr, SPREAD: tl.constexpr
+):
+    """How many keys of ``head`` are to be computed for each sequence: those of this step, unless the head is
+    lazy; then all that it lacks, if it is chosen or overdue."""
+    missing = real.to(tl.int64)
+    if LAZY:
+        filled_to = tl.load(filled_to_ptr + b * N + head, mask=real, other=0)
+        missing = tl.maximum(position + 1 - filled_to, 0)
+        overdue = missing >= W - (head + layer) % SPREAD
+        missing = tl.where(real & (overdue | (chosen > 0)), missing, 0)
+    return missing
 
 
 @triton.jit(do_not_specialize=["layer", "B", "N", "T"])
@@ -196,6 +319,8 @@ def _qkv_kernel(
     positions_ptr,
     ids_ptr,
     count_ptr,
+    partial_ptr,
+    arrived_ptr,
     layer,
     B,
     N,
@@ -209,103 +334,48 @@ def _qkv_kernel(
     LAZY: tl.constexpr,
     SPREAD: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    AGES: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of one head's rows of Q, K and V, times the inputs of SEQUENCES sequences at AGES positions.
-
-    A column of the product is a sequence at an age: this step's position, the one before, and so on, as far
-    back as keys and values are missing; more ages than AGES take further passes. What a column holds does
-    not depend on its place nor on the other columns, so a key has the same bits whenever it is computed.
-    """
-    blocks = tl.cdiv(3 * H, ROWS)
-    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    cols = tl.arange(0, BLOCK_D)
-    column = tl.arange(0, SEQUENCES * AGES)
-    b, age = column % SEQUENCES, column // SEQUENCES
-    real = b < B
-    position = tl.load(positions_ptr + b, mask=real, other=0)
+    """A block of one head's rows of Q, K and V over a part of D: for FEW columns, which is enough but for a
+    head that has long been left out, or for MANY; see `_qkv_block`. Keeps ``x`` in the ring, too."""
+    program = tl.program_id(0) * SPLITS + tl.program_id(1)
     if LAZY:  # nobody reads this step's slot of the ring in this launch
-        for copied in range(tl.program_id(0), B, tl.num_programs(0)):
+        cols = tl.arange(0, BLOCK_D)
+        for copied in range(program, B, tl.num_programs(0) * SPLITS):
             slot = copied * W + tl.load(positions_ptr + copied) % W
             for d in range(0, D, BLOCK_D):
                 x = tl.load(x_ptr + copied * D + d + cols, mask=d + cols < D)
                 tl.store(inputs_ptr + slot * D + d + cols, x, mask=d + cols < D)
+    blocks = tl.cdiv(3 * H, ROWS)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    b = tl.arange(0, SEQUENCES)
+    real = b < B
+    position = tl.load(positions_ptr + b, mask=real, other=0)
     chosen = _is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
-    missing = real.to(tl.int64)
-    if LAZY:
-        filled_to = tl.load(filled_to_ptr + b * N + head, mask=real, other=0)
-        missing = tl.maximum(position + 1 - filled_to, 0)
-        overdue = missing >= W - (head + layer) % SPREAD
-        missing = tl.where(real & (overdue | (chosen > 0)), missing, 0)
-    row = block * ROWS + tl.arange(0, ROWS)
-    inside_rows = row < 3 * H
-    weights = weight_ptr + (head.to(tl.int64) * 3 * H + row)[:, None] * D
-    flat = head * 3 * H + row
-    part, h = row // H, row % H
-    place = (b * N + head) * H
+    missing = _missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
     needed = tl.max(tl.maximum(missing, chosen.to(tl.int64)), 0)
     if (block + 1) * ROWS <= H:
         needed = tl.minimum(needed, tl.max(chosen, 0).to(tl.int64))  # queries are of this step only
-    for first in range(0, needed, AGES):
-        back = first + age
-        used = real & ((back < missing) | ((back == 0) & (chosen > 0)))
-        at = position - back
-        if SEQUENCES == 1:
-            t = tl.load(positions_ptr)
-            acc0 = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            acc1, acc2, acc3 = acc0, acc0, acc0
-            for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
-                inside = d + cols < D
-                w = to_float(
-                    tl.load(
-                        weights + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0
-                    )
-                )
-                if AGES == 1:
-                    x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
-                else:
-                    x = _input(x_ptr, inputs_ptr, t, first, needed, D, W, d + cols, inside)
-                acc0 += w * x[None, :]
-                if AGES == 4:
-                    x = _input(x_ptr, inputs_ptr, t, first + 1, needed, D, W, d + cols, inside)
-                    acc1 += w * x[None, :]
-                    x = _input(x_ptr, inputs_ptr, t, first + 2, needed, D, W, d + cols, inside)
-                    acc2 += w * x[None, :]
-                    x = _input(x_ptr, inputs_ptr, t, first + 3, needed, D, W, d + cols, inside)
-                    acc3 += w * x[None, :]
-            acc = tl.sum(acc0, 1)[:, None]
-            if AGES == 4:
-                later = tl.where((age == 1)[None, :], tl.sum(acc1, 1)[:, None], acc)
-                later = tl.where((age == 2)[None, :], tl.sum(acc2, 1)[:, None], later)
-                acc = tl.where((age == 3)[None, :], tl.sum(acc3, 1)[:, None], later)
-        else:
-            acc = tl.zeros([ROWS, SEQUENCES * AGES], tl.float32)
-            x_ptrs = x_ptr + b * D
-            if LAZY:
-                x_ptrs = tl.where(back == 0, x_ptrs, inputs_ptr + (b * W + at % W) * D)
-            for d in tl.range(0, D, BLOCK_D):
-                inside = d + cols < D
-                w = tl.load(
-                    weights + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0
-                )
-                x = tl.load(
-                    x_ptrs[None, :] + (d + cols)[:, None], mask=used[None, :] & inside[:, None], other=0.0
-                )
-                acc = dot(w, x, acc)
-        if HAS_SCALE:
-            acc *= tl.load(scale_ptr + flat, mask=inside_rows, other=0.0)[:, None]
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + flat, mask=inside_rows, other=0.0).to(tl.float32)[:, None]
-        asked = (back == 0) & (chosen > 0)
-        tl.store(q_ptr + place[None, :] + h[:, None], acc, mask=(part == 0)[:, None] & asked[None, :])
-        lacking = back < missing
-        slot = ((b * N + head) * T + at) * H
-        kv = acc.to(keys_ptr.dtype.element_ty)
-        tl.store(keys_ptr + slot[None, :] + h[:, None], kv, mask=(part == 1)[:, None] & lacking[None, :])
-        tl.store(values_ptr + slot[None, :] + h[:, None], kv, mask=(part == 2)[:, None] & lacking[None, :])
+    if needed > FEW // SEQUENCES:
+        for first in range(0, needed, MANY // SEQUENCES):
+            _qkv_block(
+                first, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr,
+                filled_to_ptr, positions_ptr, ids_ptr, count_ptr, partial_ptr, arrived_ptr, layer, B, N, T, W,
+                D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, MANY, BLOCK_N, SPLITS, ROWS,
+                BLOCK_D,
+            )  # fmt: skip
+    elif needed > 0:
+        _qkv_block(
+            0, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr,
+            filled_to_ptr, positions_ptr, ids_ptr, count_ptr, partial_ptr, arrived_ptr, layer, B, N, T, W,
+            D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, FEW, BLOCK_N, SPLITS, ROWS,
+            BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["layer", "N", "T"])
@@ -433,9 +503,16 @@ def _sparse_attention(
     common = {"HAS_IDS": ids is not None, "LAZY": filled_to is not None, "SPREAD": SPREAD}
     common |= {"H": H, "W": W, "BLOCK_N": triton.next_power_of_2(N)}
     sequences = triton.next_power_of_2(B)
-    ages = max(16 // sequences, 1) if B > 1 else 4 if filled_to is not None else 1
-    chosen = settings("qkv", _default_qkv_settings(D, qkv.dtype, B), 3 * N * H, D, qkv.dtype, B, device)
-    _qkv_kernel[(N * triton.cdiv(3 * H, chosen["ROWS"]),)](
+    chosen = settings("qkv", _default_qkv_settings(qkv.dtype, B), 3 * N * H, D, qkv.dtype, B, device)
+    blocks, splits = N * triton.cdiv(3 * H, chosen["ROWS"]), chosen["SPLITS"]
+    few = max(16, sequences)
+    many = max(4 * few, triton.next_power_of_2(W)) if B == 1 else 4 * few
+    # more passes than one over shared partial sums would race: several sequences have one part of D
+    assert splits == 1 or many >= W, "a ring of one sequence is read in one pass"
+    partial = torch.empty(
+        blocks * splits * chosen["ROWS"] * many if splits > 1 else 0, dtype=torch.float32, device=device
+    )
+    _qkv_kernel[(blocks, splits)](
         x,
         inputs,
         qkv,
@@ -448,6 +525,8 @@ def _sparse_attention(
         positions,
         ids,
         count,
+        partial,
+        counters(device),
         layer,
         B,
         N,
@@ -456,7 +535,8 @@ def _sparse_attention(
         HAS_SCALE=qkv_scale is not None,
         HAS_BIAS=qkv_bias is not None,
         SEQUENCES=sequences,
-        AGES=ages,
+        FEW=few,
+        MANY=many,
         **common,
         **chosen,
     )
@@ -497,12 +577,17 @@ def _sparse_attention(
     )
 
 
-def _default_qkv_settings(D: int, dtype: torch.dtype, batch: int) -> Settings:
-    """Sound for any shape: two rows a program for one sequence; for more, a warp with a queue of loads."""
-    if batch == 1:
-        return {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
-    block = 256 if dtype.itemsize == 1 else 128 if dtype.itemsize == 2 else 64
-    return {"ROWS": 16, "BLOCK_D": block, "num_warps": 1, "num_stages": 4}
+def _default_qkv_settings(dtype: torch.dtype, batch: int) -> Settings:
+    """Sound for any shape: one sequence's work is cut into parts of D, so that a head that has long been left
+    out is caught up with by many programs at once."""
+    block = 64 if dtype.itemsize == 4 else 128
+    return {
+        "ROWS": 64 if dtype.itemsize < 4 else 16,
+        "BLOCK_D": block,
+        "SPLITS": 8 if batch == 1 else 1,
+        "num_warps": 4,
+        "num_stages": 4 if dtype.itemsize < 4 else 2,
+    }
 
 
 def _default_attention_settings(pairs: int, device: torch.device) -> Settings:

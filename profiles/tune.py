@@ -4,11 +4,10 @@ One kernel of an operation after the other: every candidate is timed inside the 
 with the smallest product of times over the densities stays. Many processes compile the candidates first.
 """
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -33,57 +32,50 @@ _WAYS: dict[str, tuple[str, ...]] = {
     "attention": ("qkv", "attention", "out_proj"),
     "predictor": ("down", "up"),
 }
+_FC1, _ROWS = ("ROWS", "BLOCK_D", "num_warps"), ("ROWS", "BLOCK_D", "num_warps", "STAGES")
+_QKV = ("ROWS", "BLOCK_D", "num_warps", "num_stages")
+_SUMS = (
+    (8, 512, 4, 3),
+    (8, 512, 4, 5),
+    (16, 512, 4, 3),
+    (16, 256, 4, 3),
+    (16, 256, 4, 5),
+    (32, 256, 4, 3),
+    (32, 128, 4, 5),
+)
+_SUMS_8 = (
+    (8, 256, 4, 5),
+    (16, 256, 4, 3),
+    (16, 256, 4, 5),
+    (32, 256, 4, 3),
+    (32, 128, 4, 4),
+    (8, 512, 4, 5),
+    (16, 512, 4, 4),
+    (32, 512, 8, 3),
+)
+# By kernel and bytes of a weight (1 or more): names, values of all but the last, the last and its values.
+_TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
+    ("fc1", 2): (_FC1, ((1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 4), (1, 4096, 4), (2, 2048, 8)), "PROGRAMS", (8, 16)),
+    ("fc1", 1): (_FC1, ((2, 1024, 4), (4, 1024, 4), (2, 2048, 4), (4, 2048, 4), (2, 2048, 8), (4, 2048, 8), (2, 4096, 8)), "PROGRAMS", (4, 8, 16)),
+    ("fc2", 2): (_ROWS, _SUMS, "SPLITS", (8, 16, 32)),
+    ("fc2", 1): (_ROWS, _SUMS_8, "SPLITS", (4, 8, 16)),
+    ("out_proj", 2): (_ROWS, _SUMS, "SPLITS", (4, 8, 16)),
+    ("out_proj", 1): (_ROWS, _SUMS_8, "SPLITS", (4, 8, 16)),
+    ("qkv", 2): (_QKV, ((64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 2, 4)), "SPLITS", (4, 8, 16)),
+    ("attention", 2): (("BLOCK_T", "STAGES", "num_warps"), ((16, 2, 2), (32, 2, 4), (64, 2, 4), (32, 3, 4)), "SPLITS", (8, 16, 32)),
+    ("down", 2): (("ROWS", "BLOCK_D"), ((1, 2048), (2, 1024), (2, 2048), (4, 2048), (1, 4096)), "num_warps", (4, 8)),
+    ("up", 2): (("ROWS", "BLOCK_R"), ((8, 1024), (16, 1024), (32, 256), (32, 512), (16, 512), (64, 256)), "num_warps", (4, 8)),
+}  # fmt: skip
 OnProgress = Callable[[int, int], None]
 
 
 def candidates(kernel: str, columns: int, itemsize: int) -> list[Settings]:
-    """Settings worth trying: 16 to 64 numbers a thread and tile, and loads under way that fit the chip."""
-    wide = 2 if itemsize == 1 else 1
-    tried: Iterable[Settings]
-    if kernel == "fc1":
-        tried = (
-            {"ROWS": rows, "BLOCK_D": block, "PROGRAMS": programs, "num_warps": warps}
-            for rows, block, warps, programs in itertools.product(
-                (1, 2, 4), (512, 1024, 2048, 4096), (4, 8), (4, 8, 16)
-            )
-            if rows * block / (32 * warps * wide) in (8, 16, 32) and block < 2 * columns
-        )
-    elif kernel in ("fc2", "out_proj"):
-        tried = (
-            {"ROWS": rows, "BLOCK_D": block, "SPLITS": splits, "STAGES": stages, "num_warps": warps}
-            for rows, block, warps, stages, splits in itertools.product(
-                (8, 16, 32), (128, 256, 512, 1024), (4, 8), (3, 4, 5), (4, 8, 16, 32)
-            )
-            if rows * block / (32 * warps * wide) in (16, 32) and rows * block * itemsize * stages <= 50_000
-            and 96 <= -(-columns // block) * splits <= 1600
-        )  # fmt: skip
-    elif kernel == "qkv":
-        tried = (
-            {"ROWS": rows, "BLOCK_D": block, "num_warps": warps}
-            for rows, block, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8))
-            if rows * block / (32 * warps * wide) in (8, 16, 32) and block < 2 * columns
-        )
-    elif kernel == "attention":
-        tried = (
-            {"SPLITS": splits, "BLOCK_T": block, "STAGES": stages, "num_warps": warps}
-            for splits, block, stages, warps in itertools.product(
-                (4, 8, 16, 32), (16, 32, 64), (2, 3), (2, 4)
-            )
-        )
-    elif kernel == "down":
-        block = 1 << (columns - 1).bit_length()
-        tried = (
-            {"ROWS": rows, "BLOCK_D": block, "num_warps": warps}
-            for rows, warps in itertools.product((1, 2, 4), (2, 4, 8))
-            if rows * block / (32 * warps) <= 256
-        )
-    else:
-        tried = (
-            {"ROWS": rows, "BLOCK_R": min(block, columns), "num_warps": warps}
-            for rows, block, warps in itertools.product((8, 16, 32, 64), (256, 512, 1024), (1, 2, 4, 8))
-            if 8 <= rows * min(block, columns) / (32 * warps) <= 128
-        )
-    return [dict(s) for s in {tuple(sorted(t.items())): t for t in tried}.values()]
+    """Settings worth trying: those that came near the best in a wider search on one H100 (git has its script's
+    findings in profiles/results/README.md)."""
+    names, tried, last, values = _TRIED[kernel, 1 if itemsize == 1 and (kernel, 1) in _TRIED else 2]
+    found = (dict(zip((*names, last), (*t, v), strict=True)) for t in tried for v in values)
+    kept = (s for s in found if s.get("BLOCK_D", 0) < 2 * columns)
+    return [{**s, "BLOCK_R": min(s["BLOCK_R"], columns)} if "BLOCK_R" in s else s for s in kept]
 
 
 def tune(
