@@ -265,8 +265,8 @@ def _qkv_block(
     last = True
     if SPLITS > 1:
         mask = inside_rows[:, None] & used[None, :]
-        place = tl.program_id(0).to(tl.int64) * SPLITS * ROWS * COLUMNS
-        part = partial_ptr + place + tl.arange(0, ROWS)[:, None] + column[None, :] * ROWS
+        parts = partial_ptr + tl.program_id(0).to(tl.int64) * SPLITS * ROWS * COLUMNS
+        part = parts + tl.arange(0, ROWS)[:, None] + column[None, :] * ROWS
         tl.store(part + tl.program_id(1) * ROWS * COLUMNS, acc, mask=mask)
         tl.debug_barrier()  # all of this program's sums are written before it arrives
         meeting = arrived_ptr + tl.program_id(0)

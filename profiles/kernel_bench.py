@@ -105,67 +105,75 @@ def random_ids(rows: int, n: int, chosen: int, device: torch.device) -> tuple[Te
     return ids.int(), torch.full((rows,), chosen, dtype=torch.int32, device=device)
 
 
-def bench_mlp(
-    bench: Bench,
-    local: Local,
-    weights: str,
-    batch: int = 1,
-    densities: Sequence[float] = DENSITIES,
-    lives: Sequence[float] = (1.0, 1 / 3),
-) -> Iterator[Row]:
-    """cuBLAS dense, our dense, then every density with all chosen neurons live and with one in three.
+class MLPCase:
+    """Copies of an MLP, and the calls that are timed on them."""
 
-    A row's bytes are those of the chosen rows of fc1 and of the live ones of fc2.
-    """
-    (D, ffn, _, _), dtype, device = local.sizes, DTYPES[weights], bench.device
-    wide = dtype if dtype.itemsize > 1 else torch.bfloat16
+    def __init__(self, local: Local, weights: str, device: torch.device, batch: int = 1) -> None:
+        D, self.ffn, _, _ = local.sizes
+        dtype = DTYPES[weights]
+        self.device, self.row_bytes = device, D * dtype.itemsize
+        wide = dtype if dtype.itemsize > 1 else torch.bfloat16
+        self.x = torch.randn(batch, 1, D, device=device, dtype=wide)
+        self.out = torch.empty_like(self.x)
+        pair = ((self.ffn, D), dtype, device)
+        self.copies = [(*random_weight(*pair), *random_weight(*pair)) for _ in range(_COPIES)]
+        # so large that it alone decides who lives
+        self.bias = torch.full((self.ffn,), 100.0, device=device, dtype=wide)
+
+    def calls(self, density: float, live: float = 1.0) -> tuple[list[Call], float]:
+        """One for each of some random sets, and a call's bytes: the chosen rows of fc1, the live of fc2."""
+        alive = torch.rand(self.ffn, device=self.device) < live
+        bias = torch.where(alive, self.bias, -self.bias)
+        chosen = round(density * self.ffn)
+        sets = [random_ids(1, self.ffn, chosen, self.device) for _ in range(_CALLS)]
+        mean_alive = sum(int(alive[ids[0, :chosen].long()].sum()) for ids, _ in sets) / _CALLS
+        calls = [partial(self._ours, i, bias, ids[0], count) for i, (ids, count) in enumerate(sets)]
+        return calls, (chosen + mean_alive) * self.row_bytes
+
+    def dense_calls(self) -> list[Call]:
+        """Over all neurons, by our kernels."""
+        return [partial(self._ours, i, self.bias, None, None) for i in range(4)]
+
+    def library_calls(self) -> list[Call]:
+        """Over all neurons, by cuBLAS."""
+        return [partial(self._by_library, i) for i in range(4)]
+
+    def _ours(self, i: int, bias: Tensor, ids: Tensor | None, count: Tensor | None) -> None:
+        fc1, scale1, fc2, scale2 = self.copies[i % _COPIES]
+        sparse_mlp(self.x, fc1, scale1, bias, fc2, scale2, ids, count, self.out)
+
+    def _by_library(self, i: int) -> None:
+        fc1, _, fc2, _ = self.copies[i % _COPIES]
+        torch.matmul(F.relu_(F.linear(self.x, fc1, self.bias)), fc2, out=self.out)
+
+
+def bench_mlp(bench: Bench, local: Local, weights: str, batch: int = 1) -> Iterator[Row]:
+    """cuBLAS dense, our dense, then every density with all chosen neurons live and with one in three."""
+    case = MLPCase(local, weights, bench.device, batch)
     what = {"op": "mlp", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch}
-    x = torch.randn(batch, 1, D, device=device, dtype=wide)
-    out = torch.empty_like(x)
-    copies = [
-        (*random_weight((ffn, D), dtype, device), *random_weight((ffn, D), dtype, device))
-        for _ in range(_COPIES)
-    ]
-    # so large that it alone decides who lives
-    bias = torch.full((ffn,), 100.0, device=device, dtype=wide)
-    row_bytes = D * dtype.itemsize
-
-    def dense(copy: int) -> Call:
-        fc1, _, fc2, _ = copies[copy % _COPIES]
-        return lambda: torch.matmul(F.relu_(F.linear(x, fc1, bias)), fc2, out=out)
-
-    def ours(copy: int, bias: Tensor, ids: Tensor | None, count: Tensor | None) -> Call:
-        fc1, scale1, fc2, scale2 = copies[copy % _COPIES]
-        return lambda: sparse_mlp(x, fc1, scale1, bias, fc2, scale2, ids, count, out)
-
+    everything = 2 * case.ffn * case.row_bytes
     dense_us = None
-    if dtype.itemsize > 1:
-        row = bench.row(
-            [dense(i) for i in range(4)], 2 * ffn * row_bytes, **what, engine="cublas", density=1.0
-        )
+    if DTYPES[weights].itemsize > 1:
+        row = bench.row(case.library_calls(), everything, **what, engine="cublas", density=1.0)
         dense_us = row["us_p50"]
         yield {**row, "speedup_vs_dense": 1.0}
-    calls = [ours(i, bias, None, None) for i in range(4)]
-    yield bench.row(calls, 2 * ffn * row_bytes, dense_us, **what, engine="dejavu dense", density=1.0)
-    for live in lives:
-        signs = bias if live == 1 else torch.where(torch.rand(ffn, device=device) < live, bias, -bias)
-        for density in densities:
-            chosen = round(density * ffn)
-            sets = [random_ids(1, ffn, chosen, device) for _ in range(_CALLS)]
-            alive = sum(int((signs[ids[0, :chosen].long()] > 0).sum()) for ids, _ in sets) / _CALLS
-            calls = [ours(i, signs, ids[0], count) for i, (ids, count) in enumerate(sets)]
-            nbytes = (chosen + alive) * row_bytes
+    yield bench.row(case.dense_calls(), everything, dense_us, **what, engine="dejavu dense", density=1.0)
+    for live in (1.0, 1 / 3):
+        for density in DENSITIES:
+            calls, nbytes = case.calls(density, live)
             yield bench.row(calls, nbytes, dense_us, **what, engine="dejavu", density=density, live=live)
 
 
-class _Layers:
-    """Copies of an attention block with the state of a decode that has gone on for a while."""
+class AttentionCase:
+    """Copies of an attention block with the state of a decode that has gone on for a while, and its calls."""
 
-    def __init__(self, local: Local, weights: str, chosen: int, device: torch.device) -> None:
+    def __init__(self, local: Local, weights: str, device: torch.device, density: float) -> None:
         self.D, _, self.N, self.H = local.sizes
         dtype = DTYPES[weights]
         wide = dtype if dtype.itemsize > 1 else torch.bfloat16
         D, N, H = self.D, self.N, self.H
+        self.head_bytes = 4 * H * D * dtype.itemsize + 2 * CACHED * H * wide.itemsize
+        self.chosen = max(round(density * N), 1)
         self.copies = []
         for _ in range(_COPIES):
             keys, values = torch.empty(2, 1, N, CACHED + 128, H, dtype=wide, device=device).normal_()
@@ -184,14 +192,32 @@ class _Layers:
         self.out = torch.empty_like(self.x)
         self.positions = torch.arange(CACHED + 128, device=device)[:, None]
         steps = _CALLS // _COPIES
-        self.sets = [random_ids(1, N, chosen, device) for _ in range(_COPIES * (2 * WINDOW + steps))]
+        self.sets = [random_ids(1, N, self.chosen, device) for _ in range(_COPIES * (2 * WINDOW + steps))]
         for step in range(CACHED - 2 * WINDOW, CACHED):  # until heads lack what they lack in the long run
             for copy in range(_COPIES):
-                self.step(copy, step)
+                self._ours(copy, step)
         self.start = [copy["filled_to"].clone() for copy in self.copies]
 
-    def step(self, copy: int, position: int, *, all_heads: bool = False) -> None:
-        """One decode step of a copy at a position."""
+    def calls(self) -> list[Call]:
+        """A step of each copy in turn, position by position; the first puts the states back, in its time."""
+        steps = _CALLS // _COPIES
+        turns = [(copy, CACHED + step) for step in range(steps) for copy in range(_COPIES)]
+        return [self._rewind_and_step, *(partial(self._ours, *turn) for turn in turns[1:])]
+
+    def dense_calls(self) -> list[Call]:
+        """Over all heads, by our kernels."""
+        return [partial(self._ours, i % _COPIES, CACHED, all_heads=True) for i in range(4)]
+
+    def library_calls(self) -> list[Call]:
+        """Over all heads, by cuBLAS and scaled_dot_product_attention."""
+        return [partial(self._by_library, i % _COPIES) for i in range(4)]
+
+    def _rewind_and_step(self) -> None:
+        for copy, start in zip(self.copies, self.start, strict=True):
+            copy["filled_to"].copy_(start)
+        self._ours(0, CACHED)
+
+    def _ours(self, copy: int, position: int, *, all_heads: bool = False) -> None:
         c = self.copies[copy]
         ids, count = self.sets[_COPIES * (position - CACHED + 2 * WINDOW) + copy]
         sparse_attention(
@@ -208,25 +234,6 @@ class _Layers:
             out=self.out,
         )
 
-    def calls(self) -> list[Call]:
-        """A step of each copy in turn, position by position; the first puts the states back, in its time."""
-        steps = _CALLS // _COPIES
-        turns = [(copy, CACHED + step) for step in range(steps) for copy in range(_COPIES)]
-        return [self._rewind_and_step, *(partial(self.step, *turn) for turn in turns[1:])]
-
-    def dense_calls(self) -> list[Call]:
-        """The same over all heads, by our kernels."""
-        return [partial(self.step, i % _COPIES, CACHED, all_heads=True) for i in range(4)]
-
-    def library_calls(self) -> list[Call]:
-        """The same over all heads, by cuBLAS and scaled_dot_product_attention."""
-        return [partial(self._by_library, i % _COPIES) for i in range(4)]
-
-    def _rewind_and_step(self) -> None:
-        for copy, start in zip(self.copies, self.start, strict=True):
-            copy["filled_to"].copy_(start)
-        self.step(0, CACHED)
-
     def _by_library(self, copy: int) -> None:
         c, D, N, H = self.copies[copy], self.D, self.N, self.H
         qkv = F.linear(self.x, c["qkv"][0].view(3 * N * H, D), self.bias.flatten()).view(N, 3, 1, H)
@@ -237,70 +244,75 @@ class _Layers:
         torch.matmul(y.view(1, N * H), c["out_proj"][0].view(N * H, D), out=self.out)
 
 
-def bench_attention(bench: Bench, local: Local, weights: str,
-                    densities: Sequence[float] = DENSITIES) -> Iterator[Row]:  # fmt: skip
+def bench_attention(bench: Bench, local: Local, weights: str) -> Iterator[Row]:
     """QKV, attention over 1920 cached tokens and out_proj: dense by libraries and by our kernels, then chosen
     heads, a random set each step, with all filling of missing keys and values in the timed steps.
 
-    A row's bytes are those of the chosen heads' weights, keys and values.
+    A row's bytes are those of the chosen heads' weights, keys and values. Speed-ups are against the faster of
+    the dense ones.
     """
-    (D, _, N, H), device = local.sizes, bench.device
-    itemsize = DTYPES[weights].itemsize
-    head_bytes = 4 * H * D * itemsize + 2 * CACHED * H * 2
     what = {"op": "attention", "shape": local.name, "tp": local.tp, "weights": weights, "batch": 1,
             "prompt_len": CACHED}  # fmt: skip
-    dense_us = None
-    for density in densities:
-        chosen = max(round(density * N), 1)
-        layers = _Layers(local, weights, chosen, device)
-        if density == densities[0]:
-            ours = bench.row(layers.dense_calls(), N * head_bytes, **what, engine="dejavu dense", density=1.0)
-            dense_us = ours["us_p50"]
-            if itemsize > 1:
-                row = bench.row(layers.library_calls(), N * head_bytes, **what, engine="cublas", density=1.0)
-                dense_us = min(dense_us, row["us_p50"])
-                yield {**row, "speedup_vs_dense": dense_us / row["us_p50"]}
-            yield {**ours, "speedup_vs_dense": dense_us / ours["us_p50"]}
-        yield bench.row(
-            layers.calls(), chosen * head_bytes, dense_us, **what, engine="dejavu", density=chosen / N
-        )
+    dense_us = 0.0
+    for density in DENSITIES:
+        case = AttentionCase(local, weights, bench.device, density)
+        if density == DENSITIES[0]:
+            everything = case.N * case.head_bytes
+            rows = [bench.row(case.dense_calls(), everything, **what, engine="dejavu dense", density=1.0)]
+            if DTYPES[weights].itemsize > 1:
+                rows.append(bench.row(case.library_calls(), everything, **what, engine="cublas", density=1.0))
+            dense_us = min(row["us_p50"] for row in rows)
+            yield from ({**row, "speedup_vs_dense": dense_us / row["us_p50"]} for row in rows)
+        nbytes = case.chosen * case.head_bytes
+        share = case.chosen / case.N
+        yield bench.row(case.calls(), nbytes, dense_us, **what, engine="dejavu", density=share)
+
+
+class PredictorCase:
+    """Copies of the predictor of a layer's neurons, and the calls that are timed on them."""
+
+    def __init__(self, local: Local, weights: str, device: torch.device, rank: int, batch: int = 1) -> None:
+        (D, self.n, _, _), dtype = local.sizes, DTYPES[weights]
+        self.residual = torch.randn(batch, D, dtype=torch.bfloat16, device=device)
+        self.nbytes = rank * (D + self.n) * dtype.itemsize
+        copies = max(2, round(200e6 / self.nbytes))
+        self.downs = [random_weight((rank, D), dtype, device) for _ in range(copies)]
+        self.ups = [random_weight((self.n, rank), dtype, device) for _ in range(copies)]
+        self.sums = [(w.float() if s is None else w.float() * s).sum(-1) for w, s in self.downs]
+        self.bias = torch.zeros(self.n, device=device)
+        self.tally = torch.zeros(2, dtype=torch.int64, device=device)
+        # scores are normal: a threshold of 1.28 deviations lets a tenth of them through
+        deviation = 0.02 * 0.02 * (D * rank) ** 0.5
+        self.threshold = torch.tensor([1.2816 * deviation], device=device)
+        self.alive = torch.ones(batch, dtype=torch.int64, device=device)
+
+    def calls(self) -> list[Call]:
+        """One for each copy."""
+        return [partial(self._ours, i) for i in range(len(self.downs))]
+
+    def library_calls(self) -> list[Call]:
+        """The two products alone, by cuBLAS."""
+        return [partial(self._by_library, i) for i in range(len(self.downs))]
+
+    def density(self) -> float:
+        """What was chosen, on average."""
+        chosen, sets = self.tally.tolist()
+        return float(chosen / sets / self.n)
+
+    def _ours(self, i: int) -> None:
+        weights = (*self.downs[i], self.sums[i], *self.ups[i], self.bias)
+        predict(self.residual, *weights, self.threshold, self.alive, self.tally, union=True)
+
+    def _by_library(self, i: int) -> None:
+        F.linear(F.linear(self.residual, self.downs[i][0]), self.ups[i][0])
 
 
 def bench_predictor(bench: Bench, local: Local, weights: str, rank: int, batch: int = 1) -> Iterator[Row]:
     """The predictor of a layer's neurons, with selection; in 16 bits also its two products, by cuBLAS."""
-    (D, n, _, _), dtype, device = local.sizes, DTYPES[weights], bench.device
-    what = {
-        "op": "predictor",
-        "shape": local.name,
-        "tp": local.tp,
-        "weights": weights,
-        "batch": batch,
-        "rank": rank,
-    }
-    residual = torch.randn(batch, D, dtype=torch.bfloat16, device=device)
-    copies = max(2, round(200e6 / (rank * (D + n) * dtype.itemsize)))
-    downs = [random_weight((rank, D), dtype, device) for _ in range(copies)]
-    ups = [random_weight((n, rank), dtype, device) for _ in range(copies)]
-    sums = [w.float().sum(-1) if s is None else (w.float() * s).sum(-1) for w, s in downs]
-    bias, tally = torch.zeros(n, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-    # scores are normal: a threshold of 1.28 deviations lets a tenth of them through
-    deviation = 0.02 * 0.02 * (D * rank) ** 0.5
-    threshold = torch.tensor([1.2816 * deviation], device=device)
-    alive = torch.ones(batch, dtype=torch.int64, device=device)
-    nbytes = rank * (D + n) * dtype.itemsize
-
-    def ours(i: int) -> Call:
-        weights = (*downs[i], sums[i], *ups[i], bias, threshold, alive, tally)
-        return lambda: predict(residual, *weights, union=True)
-
-    def two_products(i: int) -> Call:
-        return lambda: F.linear(F.linear(residual, downs[i][0]), ups[i][0])
-
-    if dtype == torch.bfloat16:
-        yield bench.row(
-            [two_products(i) for i in range(copies)], nbytes, **what, engine="cublas, no selection"
-        )
-    calls = [ours(i) for i in range(copies)]
-    row = bench.row(calls, nbytes, **what, engine="dejavu")
-    chosen, steps = tally.tolist()
-    yield {**row, "density": chosen / steps / n}
+    case = PredictorCase(local, weights, bench.device, rank, batch)
+    what = {"op": "predictor", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch,
+            "rank": rank}  # fmt: skip
+    if DTYPES[weights] == case.residual.dtype:
+        yield bench.row(case.library_calls(), case.nbytes, **what, engine="cublas, no selection")
+    row = bench.row(case.calls(), case.nbytes, **what, engine="dejavu")
+    yield {**row, "density": case.density()}

@@ -1,0 +1,100 @@
+"""Compiles every kernel for Hopper, which needs no GPU: run by a test, in a process without the interpreter.
+
+Launches are caught and compiled with the types of their arguments instead of being run.
+"""
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from dejavu.kernels import predict
+from dejavu.kernels.predict import _predict
+from dejavu.kernels.residual_norm import _residual_norm
+from dejavu.kernels.sparse_attention import _sparse_attention
+from dejavu.kernels.sparse_mlp import _sparse_mlp
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+compiled = {}
+
+
+def compile_launch(kernel, *args, grid, warmup, **kwargs):
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    found = triton.compile(source, target=HOPPER, options=options)
+    compiled[kernel.__name__, str(signature)] = len(found.asm["cubin"])
+
+
+def weight(*shape, dtype):
+    scale = torch.empty(*shape[:-1], 1) if dtype.itemsize == 1 else None
+    return torch.empty(shape, dtype=dtype), scale
+
+
+def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
+    """The launches of a layer and its predictor, sparse and dense."""
+    x, out = (torch.empty(B, D, dtype=wide) for _ in range(2))
+    ids, count = torch.empty(F, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    for chosen in ((ids, count), (None, None)):
+        fc1, fc2 = (weight(F, D, dtype=dtype) for _ in range(2))
+        _sparse_mlp(x[:, None], *fc1, torch.empty(F, dtype=wide), *fc2, *chosen, out[:, None])
+    qkv, out_proj = weight(N, 3, H, D, dtype=dtype), weight(N, H, D, dtype=dtype)
+    keys, values = torch.empty(2, B, N, T, H, dtype=wide)
+    positions, filled_to = torch.zeros(B, dtype=torch.int64), torch.zeros(B, N, dtype=torch.int64)
+    heads = torch.empty(B, N, dtype=torch.int32), torch.empty(B, dtype=torch.int32)
+    mean, base = torch.empty(N, H, dtype=wide), torch.empty(D, dtype=wide)
+    bias, ring = torch.empty(N, 3, H, dtype=wide), torch.empty(B, W, D, dtype=wide)
+    for lazy, chosen in ((True, heads), (False, heads), (False, (None, None))):
+        state = (keys, values, filled_to if lazy else None, positions)
+        means = (None, None) if chosen[0] is None else (mean, base)
+        _sparse_attention(x, ring if lazy else None, *qkv, bias, *state, *out_proj, *chosen, *means, out, 3)
+    _residual_norm(x, x, base, base, base, 1e-5, out, torch.empty_like(out))
+    if dtype != torch.float32:
+        down, up = weight(64, D, dtype=dtype), weight(F, 64, dtype=dtype)
+        places = (torch.empty(F, dtype=torch.int32), torch.empty(1, dtype=torch.int32))
+        tally, threshold = torch.zeros(2, dtype=torch.int64), torch.zeros(1)
+        alive = torch.ones(B, dtype=torch.int64)
+        _predict(
+            x, *down, torch.zeros(64), *up, torch.zeros(F), threshold, alive, *places, tally, True
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    JITFunction.run = compile_launch
+    predict.has_pdl = lambda _: True
+    for dtype, wide in (
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.int8, torch.float16),
+        (torch.float8_e4m3fn, torch.bfloat16),
+    ):
+        for B in (1, 3):
+            every_launch(dtype, wide, B)
+    print(len(compiled), "variants of", len({name for name, _ in compiled}), "kernels")
