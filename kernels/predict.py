@@ -326,7 +326,8 @@ def _predict(
 def _sizes(mask: Tensor) -> Tensor:
     """How many entries of ``mask int8[S, n]`` are chosen in every _PLACED of them."""
     padded = F.pad(mask, (0, -mask.shape[1] % _PLACED))
-    return padded.unflatten(1, (-1, _PLACED)).sum(-1, dtype=torch.int32)
+    sizes: Tensor = padded.unflatten(1, (-1, _PLACED)).sum(-1, dtype=torch.int32)
+    return sizes
 
 
 def _launch_compact(

@@ -230,6 +230,7 @@ def _qkv_block(
     SPREAD: tl.constexpr,
     SEQUENCES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -265,7 +266,8 @@ def _qkv_block(
     last = True
     if SPLITS > 1:
         mask = inside_rows[:, None] & used[None, :]
-        parts = partial_ptr + tl.program_id(0).to(tl.int64) * SPLITS * ROWS * COLUMNS
+        # every block has room for MANY columns: with FEW it may not lie where another, with MANY, does
+        parts = partial_ptr + tl.program_id(0).to(tl.int64) * SPLITS * ROWS * MANY
         part = parts + tl.arange(0, ROWS)[:, None] + column[None, :] * ROWS
         tl.store(part + tl.program_id(1) * ROWS * COLUMNS, acc, mask=mask)
         tl.debug_barrier()  # all of this program's sums are written before it arrives
@@ -366,14 +368,14 @@ def _qkv_kernel(
             _qkv_block(
                 first, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr,
                 filled_to_ptr, positions_ptr, ids_ptr, count_ptr, partial_ptr, arrived_ptr, layer, B, N, T, W,
-                D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, MANY, BLOCK_N, SPLITS, ROWS,
-                BLOCK_D,
+                D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, MANY, MANY, BLOCK_N, SPLITS,
+                ROWS, BLOCK_D,
             )  # fmt: skip
     elif needed > 0:
         _qkv_block(
             0, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr,
             filled_to_ptr, positions_ptr, ids_ptr, count_ptr, partial_ptr, arrived_ptr, layer, B, N, T, W,
-            D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, FEW, BLOCK_N, SPLITS, ROWS,
+            D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, FEW, MANY, BLOCK_N, SPLITS, ROWS,
             BLOCK_D,
         )  # fmt: skip
 
@@ -494,9 +496,25 @@ def _sparse_attention(
             ring, filled, heads, counts = (
                 None if t is None else t[some] for t in (inputs, filled_to, ids, count)
             )
-            state = (keys[some], values[some], filled, positions[some])
-            weights = (out_proj, out_proj_scale, heads, counts, mean, base)
-            _sparse_attention(x[some], ring, qkv, qkv_scale, qkv_bias, *state, *weights, out[some], layer)
+            _sparse_attention(
+                x[some],
+                ring,
+                qkv,
+                qkv_scale,
+                qkv_bias,
+                keys[some],
+                values[some],
+                filled,
+                positions[some],
+                out_proj,
+                out_proj_scale,
+                heads,
+                counts,
+                mean,
+                base,
+                out[some],
+                layer,
+            )
         return
     W = 1 if inputs is None else inputs.shape[1]
     q, heads = torch.empty(2, B, N, H, dtype=torch.float32, device=device)

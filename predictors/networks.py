@@ -45,9 +45,13 @@ class PackedLowRank(nn.Module):
         bits: 16 or 8.
     """
 
+    down: Tensor
+    down_scale: Tensor | None
+    down_sums: Tensor
+    up: Tensor
+    up_scale: Tensor | None
     threshold: Tensor
     tally: Tensor
-    down_sums: Tensor
 
     def __init__(self, network: LowRank, threshold: float, bits: int) -> None:
         super().__init__()
@@ -70,9 +74,20 @@ class PackedLowRank(nn.Module):
     def active_set(self, residual: Tensor, alive: Tensor | None, *, union: bool) -> tuple[Tensor, Tensor]:
         """The ids and the count of what is chosen at ``residual [B, D]``: of the whole batch or, without
         ``union``, of each sequence. See `dejavu.kernels.predict.predict`."""
-        weights = (self.down, self.down_scale, self.down_sums, self.up, self.up_scale, self.bias)
-        state = (self.threshold, alive, self.tally)
-        return predict(residual, *weights, *state, union=union, relu=self.relu)
+        return predict(
+            residual,
+            self.down,
+            self.down_scale,
+            self.down_sums,
+            self.up,
+            self.up_scale,
+            self.bias,
+            self.threshold,
+            alive,
+            self.tally,
+            union=union,
+            relu=self.relu,
+        )
 
     def _wide(self, name: str) -> Tensor:
         weight: Tensor = getattr(self, name).float()

@@ -246,6 +246,7 @@ class Policy(Selector):
         over tokens and layers; 1 in layers without a unit."""
         for key, unit in self.units.items():
             if key[0] == kind and self._in_one_go(unit):
+                assert isinstance(unit.scorer, PackedLowRank)
                 chosen, sets = unit.scorer.tally.tolist()
                 self._chosen[key] = (chosen / unit.scorer.bias.numel(), sets)
                 unit.scorer.tally.zero_()

@@ -127,7 +127,9 @@ class MLPCase:
         chosen = round(density * self.ffn)
         sets = [random_ids(1, self.ffn, chosen, self.device) for _ in range(_CALLS)]
         mean_alive = sum(int(alive[ids[0, :chosen].long()].sum()) for ids, _ in sets) / _CALLS
-        calls = [partial(self._ours, i, bias, ids[0], count) for i, (ids, count) in enumerate(sets)]
+        calls: list[Call] = [
+            partial(self._ours, i, bias, ids[0], count) for i, (ids, count) in enumerate(sets)
+        ]
         return calls, (chosen + mean_alive) * self.row_bytes
 
     def dense_calls(self) -> list[Call]:
@@ -150,7 +152,7 @@ class MLPCase:
 def bench_mlp(bench: Bench, local: Local, weights: str, batch: int = 1) -> Iterator[Row]:
     """cuBLAS dense, our dense, then every density with all chosen neurons live and with one in three."""
     case = MLPCase(local, weights, bench.device, batch)
-    what = {"op": "mlp", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch}
+    what: Row = {"op": "mlp", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch}
     everything = 2 * case.ffn * case.row_bytes
     dense_us = None
     if DTYPES[weights].itemsize > 1:
@@ -174,7 +176,7 @@ class AttentionCase:
         D, N, H = self.D, self.N, self.H
         self.head_bytes = 4 * H * D * dtype.itemsize + 2 * CACHED * H * wide.itemsize
         self.chosen = max(round(density * N), 1)
-        self.copies = []
+        self.copies: list[dict[str, Any]] = []
         for _ in range(_COPIES):
             keys, values = torch.empty(2, 1, N, CACHED + 128, H, dtype=wide, device=device).normal_()
             self.copies.append(
@@ -219,16 +221,20 @@ class AttentionCase:
 
     def _ours(self, copy: int, position: int, *, all_heads: bool = False) -> None:
         c = self.copies[copy]
+        (qkv, qkv_scale), (out_proj, out_scale) = c["qkv"], c["out_proj"]
         ids, count = self.sets[_COPIES * (position - CACHED + 2 * WINDOW) + copy]
         sparse_attention(
             self.x,
-            *c["qkv"],
+            qkv,
+            qkv_scale,
             self.bias,
             c["keys"],
             c["values"],
             self.positions[position],
-            *c["out_proj"],
-            *((None, None) if all_heads else (ids, count)),
+            out_proj,
+            out_scale,
+            None if all_heads else ids,
+            None if all_heads else count,
             inputs=None if all_heads else c["inputs"],
             filled_to=None if all_heads else c["filled_to"],
             out=self.out,
@@ -251,7 +257,7 @@ def bench_attention(bench: Bench, local: Local, weights: str) -> Iterator[Row]:
     A row's bytes are those of the chosen heads' weights, keys and values. Speed-ups are against the faster of
     the dense ones.
     """
-    what = {"op": "attention", "shape": local.name, "tp": local.tp, "weights": weights, "batch": 1,
+    what: Row = {"op": "attention", "shape": local.name, "tp": local.tp, "weights": weights, "batch": 1,
             "prompt_len": CACHED}  # fmt: skip
     dense_us = 0.0
     for density in DENSITIES:
@@ -310,7 +316,7 @@ class PredictorCase:
 def bench_predictor(bench: Bench, local: Local, weights: str, rank: int, batch: int = 1) -> Iterator[Row]:
     """The predictor of a layer's neurons, with selection; in 16 bits also its two products, by cuBLAS."""
     case = PredictorCase(local, weights, bench.device, rank, batch)
-    what = {"op": "predictor", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch,
+    what: Row = {"op": "predictor", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch,
             "rank": rank}  # fmt: skip
     if DTYPES[weights] == case.residual.dtype:
         yield bench.row(case.library_calls(), case.nbytes, **what, engine="cublas, no selection")

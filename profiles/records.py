@@ -70,8 +70,11 @@ def device_name() -> str:
 
 
 def device_slug() -> str:
-    """The hardware as part of a file's name: ``1xh200``."""
-    return device_name().lower().replace("nvidia ", "").replace(" ", "")
+    """The hardware as part of a file's name: ``1xh100`` for one ``NVIDIA H100 80GB HBM3``."""
+    if torch.cuda.device_count() == 0:
+        return "cpu"
+    model = torch.cuda.get_device_name(0).removeprefix("NVIDIA ").split()[0]
+    return f"{torch.cuda.device_count()}x{model.lower()}"
 
 
 def _markdown(record: Mapping[str, Any]) -> str:

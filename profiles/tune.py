@@ -78,7 +78,7 @@ def tune(
     for job in jobs:
         graphs = _graphs(op, *job, bench.device)
         for kernel in _WAYS[op]:
-            scored = []
+            scored: list[tuple[float, int, Settings]] = []
             for settings in _of_job(kernel, job):
                 override[kernel] = settings
                 scored.append((_score(graphs, bench.replays), len(scored), settings))

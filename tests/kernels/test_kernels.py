@@ -351,3 +351,42 @@ def test_heads_come_and_go_over_many_steps():
         flushed += int((block.filled_to > before)[~mask.to(DEVICE)].sum())
         block.positions = block.positions + 1
     assert flushed >= 9
+
+
+@pytest.fixture(params=["last first", "by splits", "at random"])
+def order_of_programs(request, monkeypatch):
+    """The interpreter runs a launch's programs in another order than that of their numbers."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    place = interpreter_builder.set_grid_idx
+
+    def at(x, y, z):
+        X, Y, Z = interpreter_builder.grid_dim
+        number = (x * Y + y) * Z + z
+        if request.param == "at random":
+            order = torch.randperm(X * Y * Z, generator=torch.Generator().manual_seed(X * Y * Z))
+            number = int(order[number])
+        elif request.param == "last first":
+            number = X * Y * Z - 1 - number
+        else:
+            number = (number % X) * Y * Z + number // X
+        place(number // (Y * Z), number // Z % Y, number % Z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", at)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
+@pytest.mark.usefixtures("order_of_programs")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_order_of_programs_does_not_matter(batch):
+    """Nor where one head lacks many keys and its neighbours few, whose partial sums lie side by side."""
+    check_mlp(batch, 600, 50, Draw(0).mask(50, p=0.5), torch.float32)
+    block = Attention(batch, 6, 20, 40, 45, torch.float32)
+    lack = torch.tensor([17, 1, 2, 17, 1, 3]).expand(batch, -1)
+    block.filled_to = (block.positions[:, None] + 1 - lack).clamp(min=0)
+    ids, count = block.draw.ids(torch.ones(batch, 6, dtype=torch.bool))
+    x = block.draw.normal(batch, 40, dtype=torch.float32)
+    expected = block.run(sparse_attention_reference, x, ids, count, exact=True)
+    found = block.run(_sparse_attention, x, ids, count)
+    for ours, theirs in zip(found[:4], expected[:4], strict=True):
+        assert_near(ours, theirs, torch.float32)
