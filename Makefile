@@ -17,6 +17,7 @@ test: $(VENV)/.dev
 
 # On a machine with GPUs: what CI cannot run, with its record in profiles/results/.
 test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/kernels -m "not gpu"
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" --record-results
 
 lint: $(VENV)/.dev

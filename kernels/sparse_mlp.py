@@ -1,7 +1,7 @@
 """The MLP block over chosen neurons, in two phases: fc1 and ReLU, then fc2's rows of the neurons that live.
 
-One kernel that keeps both rows of a neuron in flight was measured against it: no faster at any shape and
-density, and it reads the fc2 rows that ReLU silenced (profiles/results/README.md).
+One kernel that keeps both rows of a neuron in flight was measured against it: as fast or slower at nearly all
+shapes and densities, and it reads the fc2 rows that ReLU silenced (profiles/results/README.md).
 
 Shape legend: B batch, S query length, D hidden, F local ffn, K chosen neurons.
 """
