@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dejavu.launch import cli
 from dejavu.runtime.weights import find_model
@@ -284,6 +285,22 @@ def test_a_port_in_use_without_a_launcher(taken_port):
 )
 def test_launch_options_that_are_wrong(dejavu, options, message):
     status, _, err = dejavu("launch", *options, *(["demo"] if options else []))
+    assert_one_clear_line(status, err, message)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["mlp", "--shape", "opt-7b"], "shape='opt-7b' is unknown: use opt-125m"),
+        (["mlp", "--shape", "opt-175b:5"], "num_heads=96 and ffn_dim=49152 cannot be split over 5 ranks"),
+        (["mlp", "--shape", "opt-175b:two"], "shape='opt-175b:two': expected NAME or NAME:RANKS"),
+        (["attention", "--weights", "int4"], "weights='int4' is unknown: use fp16, bf16, fp8, int8"),
+        (["predictor", "--rank", "0"], "--rank"),
+        *([] if torch.cuda.is_available() else [(["mlp"], "torch sees no CUDA device here")]),
+    ],
+)
+def test_bench_options_that_are_wrong(dejavu, options, message):
+    status, _, err = dejavu("bench", *options)
     assert_one_clear_line(status, err, message)
 
 

@@ -11,6 +11,7 @@ from dejavu.predictors.networks import (
     HeadContribution,
     LowRank,
     NeuronContribution,
+    PackedLowRank,
     Random,
     Rows,
     SimHash,
@@ -136,6 +137,27 @@ def test_low_rank(relu):
     scores = LowRank(down, up, bias, relu=relu)(z)
     assert scores.shape == (2, 3, 24)
     torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_packed_network_is_nearly_the_same(bits, relu):
+    residual, down, up, bias = normals(7, (4, 1, 64), (16, 64), (200, 16), (200,))
+    network = LowRank(down.float(), up.float(), bias.float(), relu=relu)
+    packed = PackedLowRank(network, 3.0, bits)
+    assert {p.dtype for p in (packed.down, packed.up)} == {torch.float16 if bits == 16 else torch.int8}
+    z = standardise(residual.float())
+    scores, expected = packed(z)[:, 0], network(z)[:, 0]
+    assert (scores - expected).norm() <= (1e-3 if bits == 16 else 3e-2) * expected.norm()
+    alive = torch.tensor([1, 0, 1, 1])
+    chosen = (scores > 3) & alive.bool()[:, None]
+    ids, count = packed.active_set(residual[:, 0].float(), alive, union=True)
+    assert ids[: int(count)].tolist() == chosen.any(0).nonzero()[:, 0].tolist() and 0 < count < 200
+    ids, counts = packed.active_set(residual[:, 0].float(), alive, union=False)
+    assert counts.tolist() == chosen.sum(1).tolist() and counts[1] == 0
+    for row, k, mask in zip(ids, counts, chosen, strict=True):
+        assert row[:k].tolist() == mask.nonzero()[:, 0].tolist()
+    assert packed.tally.tolist() == [int(count) + int(counts.sum()), 1 + 3]
 
 
 def test_rows():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dejavu.predictors.networks import Static
+from dejavu.predictors.networks import LowRank, PackedLowRank, Static
 from dejavu.predictors.selection import (
     EVERYTHING,
     ActiveSet,
@@ -261,3 +261,28 @@ def test_what_scoring_reads():
         Unit("heads", 0, None, scorer, sees_truth=True),
     ]
     assert Policy(units, 1).read_bytes() == 4 * 13
+
+
+def test_what_the_kernels_choose_is_what_scores_choose():
+    """A policy of packed predictors, asked once through its scores and once at its taps in one go."""
+    g = torch.Generator().manual_seed(1)
+    units = []
+    for kind, tap, n in (("mlp", Tap("attn_in", 1), 40), ("heads", Tap("mlp_in", 0), 6)):
+        network = LowRank(*(torch.randn(s, generator=g) for s in ((5, 16), (n, 5), (n,))))
+        units.append(Unit(kind, 1, tap, PackedLowRank(network, 0.5, 16), threshold=0.5))
+    residual, alive = torch.randn(3, 1, 16, generator=g), torch.tensor([1, 1, 0])
+    for sharing in ("union", "each"):
+        policy = Policy(units, 2, sharing=sharing)
+        policy.begin(torch.zeros(3, 1, dtype=torch.int64), alive)
+        for tap in (Tap("mlp_in", 0), Tap("attn_in", 1), Tap("mlp_in", 1)):
+            policy.observe(tap, residual)
+        assert policy.heads(0, None) is None
+        for kind, unit in zip(("mlp", "heads"), units, strict=True):
+            mask = (unit.scorer(standardise(residual))[:, 0] > 0.5) & alive.bool()[:, None]
+            if kind == "mlp" and sharing == "union":
+                mask = mask.any(0, keepdim=True)
+            chosen = policy.neurons(1, None) if kind == "mlp" else policy.heads(1, None)
+            assert named(chosen) == [row.nonzero()[:, 0].tolist() for row in mask]
+            rows = 1 if len(mask) == 1 else 2
+            share = (float(mask.sum()) / mask.shape[1] / rows + 1) / 2  # the other layer is dense
+            assert float(policy.density(kind)) == pytest.approx(share)

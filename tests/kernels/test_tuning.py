@@ -1,0 +1,60 @@
+"""The table of launch settings that ships with the package."""
+
+import json
+
+import pytest
+import torch
+
+from dejavu.kernels import predict, sparse_attention, sparse_mlp, weighted_rows
+from dejavu.kernels.tuning import TABLE, forget, override, settings, shape_key
+from dejavu.profiles.kernel_bench import DTYPES, SHAPES
+from dejavu.profiles.tune import candidates, write_table
+
+CPU = torch.device("cpu")
+DEFAULTS = {
+    "fc1": sparse_mlp.default_settings(4096, torch.bfloat16, 1),
+    "fc2": weighted_rows.default_settings(torch.bfloat16, 1),
+    "out_proj": weighted_rows.default_settings(torch.bfloat16, 1),
+    "qkv": sparse_attention._default_qkv_settings(torch.bfloat16, 1),
+    "attention": sparse_attention._default_attention_settings(32, CPU),
+    "down": predict._default_down_settings(4096, 1),
+    "up": predict._default_up_settings(1024, 1),
+}
+
+
+def test_every_entry_has_the_settings_that_its_kernel_takes():
+    table = json.loads(TABLE.read_text())
+    assert table
+    for entries in table.values():
+        for key, entry in entries.items():
+            assert entry.keys() == DEFAULTS[key.split()[0]].keys(), key
+
+
+@pytest.mark.parametrize("kernel", DEFAULTS)
+def test_what_is_tried_has_the_settings_that_its_kernel_takes(kernel):
+    for itemsize in (1, 2):
+        found = candidates(kernel, 1024, itemsize)
+        assert found and all(s.keys() == DEFAULTS[kernel].keys() for s in found)
+
+
+def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch, tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    for module in ("dejavu.kernels.tuning", "dejavu.profiles.tune"):
+        monkeypatch.setattr(f"{module}.TABLE", path)
+    wanted = ("fc1", {"ROWS": 2}, 64, 32, torch.float16, 1, CPU)
+    write_table({shape_key("fc1", 64, 32, torch.bfloat16, 1): {"ROWS": 8}}, CPU)
+    assert settings(*wanted) == {"ROWS": 8}  # of any 16-bit type
+    assert settings("fc1", {"ROWS": 2}, 64, 48, torch.float16, 1, CPU) == {"ROWS": 2}
+    assert settings("fc1", {"ROWS": 2}, 64, 32, torch.float16, 3, CPU) == {"ROWS": 2}  # several tokens
+    monkeypatch.setitem(override, "fc1", {"ROWS": 1})
+    assert settings(*wanted) == {"ROWS": 1}
+    monkeypatch.undo()
+    forget()
+
+
+def test_the_shapes_of_the_benchmarks():
+    sizes = {(local.name, local.tp): local.sizes for local in SHAPES}
+    assert sizes["opt-66b", 1] == (9216, 36864, 72, 128)
+    assert sizes["opt-175b", 8] == (12288, 6144, 12, 128)
+    assert DTYPES["fp8"] == torch.float8_e4m3fn
