@@ -152,12 +152,6 @@ class QKVParallelLinear(nn.Module):
         q, k, v = F.linear(x, weight.flatten(0, 2), bias).unflatten(-1, weight.shape[:3]).unbind(-2)
         return q, k, v
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x [B, S, D]`` to this rank's keys and values alone, each ``[B, S, N, H]``."""
-        weight, bias = self.weight.value[:, 1:], None if self.bias is None else self.bias[:, 1:].flatten()
-        k, v = F.linear(x, weight.flatten(0, 2), bias).unflatten(-1, weight.shape[:3]).unbind(-2)
-        return k, v
-
     def load(self, reader: TensorReader, name: str) -> None:
         """Reads this rank's heads of ``{name}.q_proj``, ``k_proj`` and ``v_proj``."""
         num_local_heads, _, head_dim, D = self.weight.data.shape

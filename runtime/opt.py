@@ -57,8 +57,7 @@ class Attention(nn.Module):
     def head_outputs(self, x: Tensor, kv: LayerKV, step: Step) -> Tensor:
         """``x [B, S, D]`` to the output of every head ``[B, S, N, H]``, before out_proj."""
         if kv.filled_to is not None and step.mask is not None:
-            everything = Chosen.from_mask(torch.ones_like(kv.filled_to, dtype=torch.bool))
-            self._fill(None, kv, step.positions[:, 0] - 1, everything)
+            self._complete(kv, step.positions[:, 0] - 1)
         q, k, v = self.qkv_proj(x)
         kv.write(k, v, step)
         if step.mask is None:
@@ -103,13 +102,14 @@ class Attention(nn.Module):
         )
         return y[:, None]
 
-    def _fill(self, x: Tensor | None, kv: LayerKV, positions: Tensor, heads: Chosen) -> None:
-        """Completes keys and values of ``heads`` up to ``positions``; keeps ``x [B, D]`` for the others."""
+    def _complete(self, kv: LayerKV, positions: Tensor) -> None:
+        """Fills in what any head lacks up to ``positions``."""
         assert kv.inputs is not None and kv.filled_to is not None
+        every = Chosen.from_mask(torch.ones_like(kv.filled_to, dtype=torch.bool))
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         with nvtx_range(self.fill_name, "kv"):
             fill_kv_reference(
-                x,
+                None,
                 kv.inputs,
                 weight.data,
                 weight.scale,
@@ -118,8 +118,8 @@ class Attention(nn.Module):
                 kv.values,
                 kv.filled_to,
                 positions,
-                heads.ids,
-                heads.count,
+                every.ids,
+                every.count,
                 self.index,
             )
 
