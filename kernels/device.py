@@ -15,7 +15,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _COUNTERS = 2**16
 
 
-# Tokens that one launch serves; more go by several. (Weights are read once for each.)
+# Tokens that share a reading of the weights in one launch; more take several.
 MAX_TOKENS = 16
 
 
@@ -72,8 +72,11 @@ def has_pdl(device: torch.device) -> bool:
 def counters(device: torch.device) -> Tensor:
     """Zeros ``int32[...]`` for programs to count arrivals in; whoever arrives last puts the zero back.
 
-    One array a device: the kernels that count run on one stream, one after the other.
+    One array a device: the kernels that count run on one stream, one after the other. (Predictors, which run
+    beside them, count nothing.)
     """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    assert not capturing, "a graph is captured after a step outside of it: its zeros would be the graph's own"
     return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -83,6 +86,15 @@ def num_sms(device: torch.device) -> int:
     if device.type == "cpu":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may take 160 KB and more: on the GPUs for data centres, not on their smaller kin."""
+    if device.type == "cpu":
+        return True
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return bool(properties["max_shared_mem"] >= 160 * 1024)
 
 
 def token_block(batch: int) -> int:

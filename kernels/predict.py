@@ -130,7 +130,8 @@ def _down_kernel(
             h = dot(w, x, h)
     if HAS_SCALE:
         h *= scale[:, None]
-    h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(square - mean * mean + eps)[None, :]
+    variance = tl.maximum(square - mean * mean, 0.0)  # rounding can take it below zero
+    h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(variance + eps)[None, :]
     if RELU:
         h = tl.where(h < 0, 0.0, h)
     tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
@@ -165,7 +166,6 @@ def _up_kernel(
     cols = tl.arange(0, BLOCK_R)
     row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
     bias = tl.load(bias_ptr + k, mask=inside_rows, other=0.0).to(tl.float32)
-    threshold = tl.load(threshold_ptr)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
     live = t < T
@@ -175,6 +175,7 @@ def _up_kernel(
         )  # while the first layer still runs
     let_successor_start(PDL)
     wait_for_predecessor(PDL)
+    threshold = tl.load(threshold_ptr)
     if HAS_ALIVE:
         live = live & (tl.load(alive_ptr + t, mask=live, other=0) != 0)
     if TOKENS == 1:
@@ -411,7 +412,7 @@ def predict(
         residual: ``[B, D]``, the stream at the predictor's tap.
         down: ``[r, D]`` and ``up [n, r]``: of 16 or 32 bits, or of 8 with ``down_scale fp32[r, 1]`` and
             ``up_scale fp32[n, 1]``.
-        down_sums: fp32 ``[r]``, the sums of ``down * down_scale`` over D.
+        down_sums: fp32 ``[r]``, the sums of ``down * down_scale`` over D, which centre the stream.
         bias: ``[n]``; ``threshold`` fp32 ``[1]``, on the device, so that it can move under a captured graph.
         alive: ``int64[B]``, 0 for sequences that choose nothing; None: all choose.
         tally: ``int64[2]``, to which the numbers of entries chosen and of sets are added.
@@ -425,6 +426,9 @@ def predict(
     assert down.shape[0] == up.shape[1] and down.shape[1] == residual.shape[1] and residual.dim() == 2
     assert down.is_contiguous() and up.is_contiguous()
     n, B = len(up), len(residual)
+    assert bias.shape == (n,) and down_sums.shape == (len(down),) and threshold.numel() == 1
+    assert threshold.dtype == down_sums.dtype == torch.float32 and threshold.device == residual.device
+    assert alive is None or alive.shape == (B,)
     ids = torch.empty(n if union else (B, n), dtype=torch.int32, device=residual.device)
     count = torch.empty(1 if union else B, dtype=torch.int32, device=residual.device)
     arguments = (down, down_scale, down_sums, up, up_scale, bias, threshold, alive, ids, count, tally, relu)

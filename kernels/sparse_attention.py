@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, counters, dot, num_sms
+from dejavu.kernels.device import MAX_TOKENS, counters, dot, has_large_shared_memory, num_sms
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
@@ -521,7 +521,7 @@ def _sparse_attention(
     common = {"HAS_IDS": ids is not None, "LAZY": filled_to is not None, "SPREAD": SPREAD}
     common |= {"H": H, "W": W, "BLOCK_N": triton.next_power_of_2(N)}
     sequences = triton.next_power_of_2(B)
-    chosen = settings("qkv", _default_qkv_settings(qkv.dtype, B), 3 * N * H, D, qkv.dtype, B, device)
+    chosen = settings("qkv", _default_qkv_settings(qkv.dtype, B, device), 3 * N * H, D, qkv.dtype, B, device)
     blocks, splits = N * triton.cdiv(3 * H, chosen["ROWS"]), chosen["SPLITS"]
     few = max(16, sequences)
     many = max(4 * few, triton.next_power_of_2(W)) if B == 1 else 4 * few
@@ -595,7 +595,7 @@ def _sparse_attention(
     )
 
 
-def _default_qkv_settings(dtype: torch.dtype, batch: int) -> Settings:
+def _default_qkv_settings(dtype: torch.dtype, batch: int, device: torch.device) -> Settings:
     """Sound for any shape: one sequence's work is cut into parts of D, so that a head that has long been left
     out is caught up with by many programs at once."""
     block = 64 if dtype.itemsize == 4 else 128
@@ -604,7 +604,7 @@ def _default_qkv_settings(dtype: torch.dtype, batch: int) -> Settings:
         "BLOCK_D": block,
         "SPLITS": 8 if batch == 1 else 1,
         "num_warps": 4,
-        "num_stages": 4 if dtype.itemsize < 4 else 2,
+        "num_stages": 4 if dtype.itemsize < 4 and has_large_shared_memory(device) else 2,
     }
 
 
@@ -669,7 +669,11 @@ def sparse_attention(
     """
     assert x.dim() == 2 and (inputs is None) == (filled_to is None)
     assert all(t.is_contiguous() for t in (qkv, keys, values, out_proj))
-    assert ids is None or (ids.dtype == torch.int32 and ids.shape == keys.shape[:2] and ids.is_contiguous())
+    assert filled_to is None or (filled_to.shape == keys.shape[:2] and filled_to.is_contiguous())
+    assert inputs is None or inputs.is_contiguous()
+    if ids is not None:
+        assert count is not None and ids.dtype == count.dtype == torch.int32 and ids.is_contiguous()
+        assert ids.shape == keys.shape[:2] and count.shape == keys.shape[:1]
     if out is None:
         out = torch.empty_like(x)
     assert out.shape == x.shape and out.is_contiguous()

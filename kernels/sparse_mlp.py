@@ -225,8 +225,10 @@ def sparse_mlp(
     """
     assert fc1.shape == fc2.shape and x.shape[-1] == fc1.shape[1] and x.dim() == 3
     assert fc1.is_contiguous() and fc2.is_contiguous()
-    assert ids is None or (ids.dtype == torch.int32 and ids.shape[-1] == len(fc1) and ids.is_contiguous())
-    assert ids is None or ids.dim() == 1 or x.shape[1] == 1, "one set a sequence: one query at a time"
+    if ids is not None:
+        assert count is not None and ids.dtype == count.dtype == torch.int32 and ids.is_contiguous()
+        assert ids.shape == fc1.shape[:1] or (ids.shape == (len(x), len(fc1)) and x.shape[1] == 1)
+        assert count.numel() == (1 if ids.dim() == 1 else len(x))
     if out is None:
         out = torch.empty_like(x)
     assert out.shape == x.shape and out.is_contiguous()

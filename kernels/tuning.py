@@ -21,16 +21,18 @@ def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: tor
              device: torch.device) -> Settings:  # fmt: skip
     """The launch settings of ``kernel`` for weights ``[rows, columns]``: the table's, else ``default``.
 
-    ``batch`` counts only as one token or several, which are different code.
+    The table is of one token. Several (``batch``) are other code, which has its defaults alone so far.
     """
     if kernel in override:
         return override[kernel]
-    return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype, batch), default)
+    if batch > 1:
+        return default
+    return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype), default)
 
 
-def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype, batch: int) -> str:
-    """How the table names a shape: ``fc1 24576x12288 16-bit``, with `` batch`` for several tokens."""
-    return f"{kernel} {rows}x{columns} {8 * dtype.itemsize}-bit{' batch' if batch > 1 else ''}"
+def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype) -> str:
+    """How the table names a shape: ``fc1 24576x12288 16-bit``."""
+    return f"{kernel} {rows}x{columns} {8 * dtype.itemsize}-bit"
 
 
 @cache

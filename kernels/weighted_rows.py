@@ -158,6 +158,7 @@ def weighted_rows(
     chosen = settings(name, default_settings(weight.dtype, T), F, D, weight.dtype, T, h.device)
     columns = triton.cdiv(D, chosen["BLOCK_D"])
     splits = chosen["SPLITS"]
+    assert columns * sets <= len(counters(h.device)), "a counter for every block of columns of every set"
     partial = torch.empty(splits * B * D if splits > 1 else 0, dtype=torch.float32, device=h.device)
     _weighted_rows_kernel[(columns, splits, sets)](
         h,

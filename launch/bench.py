@@ -40,7 +40,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Tokens that share a step.")]
 def mlp(shape: Shape = None, weights: Weights = None, batch: Batch = 1, tune_first: Tune = False,
         out: Out = Path("results")) -> None:  # fmt: skip
     """The sparse MLP at densities from 1 to 0.05, beside dense cuBLAS."""
-    bench, jobs = _begin("mlp", shape, weights or ["bf16", "fp8"], [0], tune_first)
+    bench, jobs = _begin("mlp", shape, weights or ["bf16", "fp8"], [0], tune_first, batch)
     rows = (row for local, dtype, _ in jobs for row in bench_mlp(bench, local, dtype, batch))
     _finish("mlp", bench, rows, out, batch=batch)
 
@@ -60,19 +60,21 @@ def predictor(shape: Shape = None, weights: Weights = None, rank: Annotated[
     tune_first: Tune = False, out: Out = Path("results")) -> None:  # fmt: skip
     """The predictor of an MLP with its selection, beside its two products alone."""
     bench, jobs = _begin(
-        "predictor", shape, weights or ["bf16", "int8"], rank or [256, 512, 1024], tune_first
+        "predictor", shape, weights or ["bf16", "int8"], rank or [256, 512, 1024], tune_first, batch
     )
     rows = (row for job in jobs for row in bench_predictor(bench, *job, batch))
     _finish("predictor", bench, rows, out, batch=batch)
 
 
 def _begin(
-    op: str, shapes: list[str] | None, weights: list[str], ranks: list[int], tune_first: bool
+    op: str, shapes: list[str] | None, weights: list[str], ranks: list[int], tune_first: bool, batch: int = 1
 ) -> tuple[Bench, list[tuple[Local, str, int]]]:
     """Checks what was asked, measures the bandwidth, tunes."""
     locals_ = [_local(text) for text in shapes] if shapes else list(SHAPES)
     if unknown := [w for w in weights if w not in DTYPES]:
         raise ValueError(f"weights={unknown[0]!r} is unknown: use {', '.join(DTYPES)}")
+    if tune_first and batch > 1:
+        raise ValueError(f"--tune is for one token, not --batch {batch}")
     if not torch.cuda.is_available():
         raise ValueError("dejavu bench measures a GPU, and torch sees no CUDA device here")
     device = torch.device("cuda", torch.cuda.current_device())

@@ -7,6 +7,7 @@ folded in, so that they too read ``z``.
 Shape legend: B batch, S query length, D hidden, N local heads, H head dim, n local neurons or heads, r rank.
 """
 
+import copy
 import math
 
 import torch
@@ -39,9 +40,10 @@ class LowRank(nn.Module):
 class PackedLowRank(nn.Module):
     """A `LowRank` as decoding on a GPU reads it: fp16 weights, or int8 with a scale a row.
 
+    What scores above ``threshold`` is chosen. It lies on the device, so that it can move under a graph.
+
     Args:
         network: in fp32.
-        threshold: what scores above it is chosen; on the device, so that it can move under a captured graph.
         bits: 16 or 8.
     """
 
@@ -53,7 +55,7 @@ class PackedLowRank(nn.Module):
     threshold: Tensor
     tally: Tensor
 
-    def __init__(self, network: LowRank, threshold: float, bits: int) -> None:
+    def __init__(self, network: LowRank, bits: int) -> None:
         super().__init__()
         for name, weight in (("down", network.down), ("up", network.up)):
             data, scale = (weight.half(), None) if bits == 16 else _int8(weight)
@@ -62,8 +64,15 @@ class PackedLowRank(nn.Module):
         self.bias = nn.Parameter(network.bias.float(), requires_grad=False)
         self.relu = network.relu
         self.register_buffer("down_sums", self._wide("down").sum(-1))
-        self.register_buffer("threshold", torch.tensor([threshold], dtype=torch.float32))
+        self.register_buffer("threshold", torch.zeros(1))
         self.register_buffer("tally", torch.zeros(2, dtype=torch.int64))
+
+    def at(self, threshold: float) -> "PackedLowRank":
+        """The same weights with a threshold and a tally of their own."""
+        twin = copy.copy(self)
+        own = {"threshold": torch.full_like(self.threshold, threshold), "tally": torch.zeros_like(self.tally)}
+        twin._buffers = {**self._buffers, **own}
+        return twin
 
     def forward(self, z: Tensor) -> Tensor:
         """``z [B, S, D]`` to scores ``[B, S, n]``, for whole texts; decoding calls `active_set`."""

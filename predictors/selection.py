@@ -161,6 +161,8 @@ class Unit:
     select_name: str = field(init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.scorer, PackedLowRank):
+            self.scorer = self.scorer.at(self.threshold)
         block = f"layer.{self.layer}/{'attention' if self.kind == 'heads' else 'mlp'}"
         self.predict_name, self.select_name = f"{block}/predict", f"{block}/select"
 
@@ -239,7 +241,8 @@ class Policy(Selector):
     def read_bytes(self) -> int:
         """Bytes that scoring reads on this rank in a step, as the scorers lie in memory."""
         units = [*self.units.values(), *(u.refine for u in self.units.values() if u.refine is not None)]
-        return sum(p.nbytes for unit in units if not unit.sees_truth for p in unit.scorer.parameters())
+        read = (unit.scorer for unit in units if not unit.sees_truth)
+        return sum(t.nbytes for scorer in read for t in (*scorer.parameters(), *scorer.buffers()))
 
     def density(self, kind: Kind) -> Tensor:
         """The share of this rank's neurons or heads that was chosen since the last call: fp32[1], the mean

@@ -1,6 +1,6 @@
 """The kernels at the local shapes of OPT models: what a call takes, and how near that is to reading alone.
 
-Weights are random, made on the GPU. Every call of a timed graph has its own active set and the next of two
+Weights are random, made on the GPU. Every call of a timed graph has its own active set and the next of some
 copies of the weights, so that the L2 cache helps no more than it would in a model.
 
 Shape legend: B batch, D hidden, N local heads, H head dim, F local ffn, r rank, n entries that are predicted.
@@ -30,7 +30,7 @@ DTYPES = {
     "int8": torch.int8,
 }
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05)
-# Each call of a graph has an active set of its own, each of two copies of the weights several.
+# Each call of a graph has an active set of its own; two copies of the weights suffice where they are large.
 _CALLS, _COPIES = 16, 2
 CACHED = 1920  # tokens before the one that is decoded
 
@@ -116,7 +116,8 @@ class MLPCase:
         self.x = torch.randn(batch, 1, D, device=device, dtype=wide)
         self.out = torch.empty_like(self.x)
         pair = ((self.ffn, D), dtype, device)
-        self.copies = [(*random_weight(*pair), *random_weight(*pair)) for _ in range(_COPIES)]
+        copies = min(max(_COPIES, round(2e9 / (2 * self.ffn * self.row_bytes))), _CALLS)
+        self.copies = [(*random_weight(*pair), *random_weight(*pair)) for _ in range(copies)]
         # so large that it alone decides who lives
         self.bias = torch.full((self.ffn,), 100.0, device=device, dtype=wide)
 
@@ -141,11 +142,11 @@ class MLPCase:
         return [partial(self._by_library, i) for i in range(4)]
 
     def _ours(self, i: int, bias: Tensor, ids: Tensor | None, count: Tensor | None) -> None:
-        fc1, scale1, fc2, scale2 = self.copies[i % _COPIES]
+        fc1, scale1, fc2, scale2 = self.copies[i % len(self.copies)]
         sparse_mlp(self.x, fc1, scale1, bias, fc2, scale2, ids, count, self.out)
 
     def _by_library(self, i: int) -> None:
-        fc1, _, fc2, _ = self.copies[i % _COPIES]
+        fc1, _, fc2, _ = self.copies[i % len(self.copies)]
         torch.matmul(F.relu_(F.linear(self.x, fc1, self.bias)), fc2, out=self.out)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -58,7 +57,7 @@ def _panel(axes: Axes, rows: Sequence[Row], over: str) -> None:
     axes.legend(loc="best", fontsize=8.5)
 
 
-def _others(axes: Axes, rows: Sequence[dict[str, Any] | Row], over: str, color: str, label: str) -> None:
+def _others(axes: Axes, rows: Sequence[Row], over: str, color: str, label: str) -> None:
     """What is compared with: a line over ranks, a level over densities."""
     if over == "rank" and rows:
         axes.plot(

@@ -58,6 +58,7 @@ def _read_kernel(words_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second that this GPU reads, measured on 2 GiB of random words: the best of a few grids."""
+    # a multiple of every grid's block: the kernel has no mask
     words = torch.randint(-(2**31), 2**31 - 1, (2**29,), dtype=torch.int32, device=device)
     out = torch.empty(16 * num_sms(device), dtype=torch.int32, device=device)
 

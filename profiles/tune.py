@@ -54,7 +54,8 @@ def candidates(kernel: str, columns: int, itemsize: int) -> list[Settings]:
     names, tried, last, values = _TRIED[kernel, 1 if itemsize == 1 and (kernel, 1) in _TRIED else 2]
     found = (dict(zip((*names, last), (*t, v), strict=True)) for t in tried for v in values)
     kept = (s for s in found if s.get("BLOCK_D", 0) < 2 * columns)
-    return [{**s, "BLOCK_R": min(s["BLOCK_R"], columns)} if "BLOCK_R" in s else s for s in kept]
+    most = 1 << (columns - 1).bit_length()
+    return [{**s, "BLOCK_R": min(s["BLOCK_R"], most)} if "BLOCK_R" in s else s for s in kept]
 
 
 def tune(
@@ -121,7 +122,7 @@ def _key(kernel: str, local: Local, weights: str, rank: int) -> str:
         "up": ffn,
     }
     dtype = torch.bfloat16 if kernel == "attention" else DTYPES[weights]
-    return shape_key(kernel, rows[kernel], _columns(kernel, local, rank), dtype, 1)
+    return shape_key(kernel, rows[kernel], _columns(kernel, local, rank), dtype)
 
 
 def _of_job(kernel: str, job: tuple[Local, str, int]) -> list[Settings]:
@@ -152,7 +153,7 @@ def _compile(job: tuple[str, Local, str, int, str, Settings]) -> None:
     """Fills Triton's cache on disk: runs the operation once, with nothing timed."""
     op, local, weights, rank, kernel, settings = job
     override[kernel] = settings
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", torch.cuda.current_device())
     with suppress(OutOfResources):
         if op == "mlp":
             MLPCase(local, weights, device).calls(0.1)[0][0]()

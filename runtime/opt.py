@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.kernels.device import MAX_TOKENS
 from dejavu.kernels.sparse_attention import fill_kv_reference, sparse_attention
 from dejavu.kernels.sparse_mlp import sparse_mlp
 from dejavu.parallel.collectives import reduce_residual_norm
@@ -46,7 +45,7 @@ class Attention(nn.Module):
         self, x: Tensor, kv: LayerKV, step: Step, heads: Choice = None, out: Tensor | None = None
     ) -> Tensor:
         """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``; appends to ``kv``."""
-        if isinstance(heads, Chosen) or (heads is None and step.mask is not None and decodes_on_kernels(x)):
+        if isinstance(heads, Chosen) or (heads is None and step.mask is not None and one_query_on_cuda(x)):
             return self._decode(x, kv, step, heads, out)
         y = self.head_outputs(x, kv, step)
         if heads is not None:
@@ -96,7 +95,7 @@ class Attention(nn.Module):
             inputs=kv.inputs,
             filled_to=kv.filled_to,
             layer=self.index,
-            mean=None if mean is None else mean.output.to(x.dtype),
+            mean=None if mean is None else mean.output,
             base=None if mean is None else mean.projected,
             out=None if out is None else out[:, 0],
         )
@@ -136,7 +135,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, neurons: Choice = None, out: Tensor | None = None) -> Tensor:
         """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``."""
         fc1, fc2 = self.fc1, self.fc2
-        if isinstance(neurons, Chosen) or (neurons is None and decodes_on_kernels(x) and len(x) == 1):
+        if isinstance(neurons, Chosen) or (neurons is None and one_query_on_cuda(x) and len(x) == 1):
             ids, count = (None, None) if neurons is None else (neurons.ids, neurons.count)
             weights = (fc1.weight.data, fc1.weight.scale, fc1.bias, fc2.weight.data, fc2.weight.scale)
             return sparse_mlp(x, *weights, ids, count, out)
@@ -316,10 +315,10 @@ class OPTModel(nn.Module):
         return self.final_layer_norm
 
 
-def decodes_on_kernels(x: Tensor) -> bool:
-    """Whether a step over all heads or neurons of ``x [B, S, D]`` goes by the kernels too: reading weights is
-    all there is to it. (Over chosen ones it does anyway, on whatever device.)"""
-    return x.is_cuda and x.shape[1] == 1 and len(x) <= MAX_TOKENS
+def one_query_on_cuda(x: Tensor) -> bool:
+    """Whether ``x [B, S, D]`` is a decode step on a GPU: then all heads go by the kernels too, and of one
+    sequence all neurons; for more sequences cuBLAS multiplies as well."""
+    return x.is_cuda and x.shape[1] == 1
 
 
 def _layer_norm(config: OPTConfig) -> LayerNorm:

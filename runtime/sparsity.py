@@ -120,8 +120,9 @@ def build_policy(
         layer = entry.layer
         mean = tensors.head_mean(layer) if entry.kind == "heads" else None
         scorer = tensors.scorer(name, entry, lambda: contribution(model, entry.kind, layer, mean))
-        if isinstance(scorer, LowRank) and model.tp.device.type == "cuda":
-            scorer = PackedLowRank(scorer, threshold, 16 if entry.bits == 16 else 8).to(model.tp.device)
+        in_one_go = key != "refine" and entry.refine is None
+        if isinstance(scorer, LowRank) and in_one_go and model.tp.device.type == "cuda":
+            scorer = PackedLowRank(scorer, 16 if entry.bits == 16 else 8).to(model.tp.device)
         else:
             scorer.to(device=model.tp.device, dtype=wide)
         return Unit(
@@ -213,4 +214,4 @@ def _out_proj(model: OPTModel, layer: int) -> Tensor:
 def _head_mean(model: OPTModel, layer: int, mean: Tensor) -> HeadMean:
     out_proj = _out_proj(model, layer)
     mean = mean.to(out_proj)
-    return HeadMean(mean, torch.einsum("nh,nhd->d", mean, out_proj))
+    return HeadMean(mean.to(model.dtype), torch.einsum("nh,nhd->d", mean, out_proj).to(model.dtype))

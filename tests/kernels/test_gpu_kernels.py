@@ -159,7 +159,7 @@ def learned(engine):
             if tap.layer >= 0:
                 shapes = ((16, config.hidden_size), (n, 16), (n,))
                 network = LowRank(*(torch.randn(shape, generator=g) for shape in shapes))
-                units.append(Unit(kind, layer, tap, PackedLowRank(network, 0.0, 8).to(CUDA)))
+                units.append(Unit(kind, layer, tap, PackedLowRank(network, 8).to(CUDA)))
     return Policy(units, config.num_layers)
 
 

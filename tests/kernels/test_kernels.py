@@ -199,6 +199,24 @@ def test_predict(batch, union, dtype, D, r, n, limit):
         assert len(set(named) ^ set(row[:k].tolist())) <= max(1, n // 200)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_stream_far_from_zero_and_one_without_spread(batch):
+    draw = Draw(3)
+    residual, lean, exact = predictor(draw, batch, 64, 16, 100, torch.float16, torch.float32)
+    residual += 200
+    residual[1:2] = 300.7  # the second of several
+    chosen = []
+    for run, x, weights in ((predict_reference, residual.double(), exact), (_predict, residual, lean)):
+        ids = torch.zeros(batch, 100, dtype=torch.int32, device=DEVICE)
+        count = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+        tally = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        run(x, *weights, torch.tensor([-1.0], device=DEVICE), None, ids, count, tally, False)
+        chosen.append([set(row[:k].tolist()) for row, k in zip(ids, count, strict=True)])
+    for i, (expected, found) in enumerate(zip(*chosen, strict=True)):
+        assert len(expected) > 9 and 0 in found  # nothing is lost to a root of less than nothing
+        assert i == 1 or len(expected ^ found) <= 2  # rounding is all that has no spread to be told from
+
+
 @settings(max_examples=30, deadline=None)
 @given(sets=st.integers(1, 3), n=st.integers(1, 2100), p=st.floats(0, 1), seed=st.integers(0, 99))
 def test_compaction(sets, n, p, seed):

@@ -15,7 +15,7 @@ DEFAULTS = {
     "fc1": sparse_mlp.default_settings(4096, torch.bfloat16, 1),
     "fc2": weighted_rows.default_settings(torch.bfloat16, 1),
     "out_proj": weighted_rows.default_settings(torch.bfloat16, 1),
-    "qkv": sparse_attention._default_qkv_settings(torch.bfloat16, 1),
+    "qkv": sparse_attention._default_qkv_settings(torch.bfloat16, 1, CPU),
     "attention": sparse_attention._default_attention_settings(32, CPU),
     "down": predict._default_down_settings(4096, 1),
     "up": predict._default_up_settings(1024, 1),
@@ -43,7 +43,7 @@ def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch,
     for module in ("dejavu.kernels.tuning", "dejavu.profiles.tune"):
         monkeypatch.setattr(f"{module}.TABLE", path)
     wanted = ("fc1", {"ROWS": 2}, 64, 32, torch.float16, 1, CPU)
-    write_table({shape_key("fc1", 64, 32, torch.bfloat16, 1): {"ROWS": 8}}, CPU)
+    write_table({shape_key("fc1", 64, 32, torch.bfloat16): {"ROWS": 8}}, CPU)
     assert settings(*wanted) == {"ROWS": 8}  # of any 16-bit type
     assert settings("fc1", {"ROWS": 2}, 64, 48, torch.float16, 1, CPU) == {"ROWS": 2}
     assert settings("fc1", {"ROWS": 2}, 64, 32, torch.float16, 3, CPU) == {"ROWS": 2}  # several tokens

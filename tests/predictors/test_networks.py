@@ -144,7 +144,7 @@ def test_low_rank(relu):
 def test_a_packed_network_is_nearly_the_same(bits, relu):
     residual, down, up, bias = normals(7, (4, 1, 64), (16, 64), (200, 16), (200,))
     network = LowRank(down.float(), up.float(), bias.float(), relu=relu)
-    packed = PackedLowRank(network, 3.0, bits)
+    packed = PackedLowRank(network, bits).at(3.0)
     assert {p.dtype for p in (packed.down, packed.up)} == {torch.float16 if bits == 16 else torch.int8}
     z = standardise(residual.float())
     scores, expected = packed(z)[:, 0], network(z)[:, 0]
@@ -158,6 +158,9 @@ def test_a_packed_network_is_nearly_the_same(bits, relu):
     for row, k, mask in zip(ids, counts, chosen, strict=True):
         assert row[:k].tolist() == mask.nonzero()[:, 0].tolist()
     assert packed.tally.tolist() == [int(count) + int(counts.sum()), 1 + 3]
+    other = packed.at(-1e9)
+    assert other.active_set(residual[:, 0].float(), alive, union=True)[1] == 200
+    assert other.tally.tolist() == [200, 1] and packed.threshold == 3 and other.down is packed.down
 
 
 def test_rows():

@@ -269,7 +269,7 @@ def test_what_the_kernels_choose_is_what_scores_choose():
     units = []
     for kind, tap, n in (("mlp", Tap("attn_in", 1), 40), ("heads", Tap("mlp_in", 0), 6)):
         network = LowRank(*(torch.randn(s, generator=g) for s in ((5, 16), (n, 5), (n,))))
-        units.append(Unit(kind, 1, tap, PackedLowRank(network, 0.5, 16), threshold=0.5))
+        units.append(Unit(kind, 1, tap, PackedLowRank(network, 16), threshold=0.5))
     residual, alive = torch.randn(3, 1, 16, generator=g), torch.tensor([1, 1, 0])
     for sharing in ("union", "each"):
         policy = Policy(units, 2, sharing=sharing)

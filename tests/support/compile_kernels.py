@@ -53,23 +53,24 @@ def compile_launch(kernel, *args, grid, warmup, **kwargs):
 
 
 def weight(*shape, dtype):
-    scale = torch.empty(*shape[:-1], 1) if dtype.itemsize == 1 else None
-    return torch.empty(shape, dtype=dtype), scale
+    scale = torch.ones(*shape[:-1], 1) if dtype.itemsize == 1 else None
+    return torch.zeros(shape, dtype=dtype), scale
 
 
 def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
     """The launches of a layer and its predictor, sparse and dense."""
-    x, out = (torch.empty(B, D, dtype=wide) for _ in range(2))
+    x, out = (torch.zeros(B, D, dtype=wide) for _ in range(2))
     ids, count = torch.arange(F, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     for chosen in ((ids, count), (None, None)):
         fc1, fc2 = (weight(F, D, dtype=dtype) for _ in range(2))
         _sparse_mlp(x[:, None], *fc1, torch.empty(F, dtype=wide), *fc2, *chosen, out[:, None])
     qkv, out_proj = weight(N, 3, H, D, dtype=dtype), weight(N, H, D, dtype=dtype)
-    keys, values = torch.empty(2, B, N, T, H, dtype=wide)
-    positions, filled_to = torch.zeros(B, dtype=torch.int64), torch.zeros(B, N, dtype=torch.int64)
-    heads = torch.zeros(B, N, dtype=torch.int32), torch.ones(B, dtype=torch.int32)
-    mean, base = torch.empty(N, H, dtype=wide), torch.empty(D, dtype=wide)
-    bias, ring = torch.empty(N, 3, H, dtype=wide), torch.empty(B, W, D, dtype=wide)
+    keys, values = torch.zeros(2, B, N, T, H, dtype=wide)
+    # one head lacks all its keys, which takes the wide products, the other but a few
+    positions, filled_to = torch.full((B,), T - 1), torch.tensor([0, T - 3]).repeat(B, 1)
+    heads = torch.arange(N, dtype=torch.int32).repeat(B, 1), torch.full((B,), N, dtype=torch.int32)
+    mean, base = torch.zeros(N, H, dtype=wide), torch.zeros(D, dtype=wide)
+    bias, ring = torch.zeros(N, 3, H, dtype=wide), torch.zeros(B, W, D, dtype=wide)
     for lazy, chosen in ((True, heads), (False, heads), (False, (None, None))):
         state = (keys, values, filled_to if lazy else None, positions)
         means = (None, None) if chosen[0] is None else (mean, base)
