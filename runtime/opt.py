@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.kernels.sparse_attention import fill_kv_reference, sparse_attention
+from dejavu.kernels.qkv import fill_kv_reference
+from dejavu.kernels.sparse_attention import sparse_attention
 from dejavu.kernels.sparse_mlp import sparse_mlp
 from dejavu.parallel.collectives import reduce_residual_norm
 from dejavu.parallel.groups import TPGroup

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.kernels.sparse_attention import SPREAD, fill_kv_reference, sparse_attention
+from dejavu.kernels.qkv import SPREAD, fill_kv_reference
+from dejavu.kernels.sparse_attention import sparse_attention
 from dejavu.kernels.sparse_mlp import sparse_mlp
 from dejavu.predictors.selection import Chosen
 

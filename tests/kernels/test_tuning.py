@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dejavu.kernels import predict, sparse_attention, sparse_mlp, weighted_rows
+from dejavu.kernels import predict, qkv, sparse_attention, sparse_mlp, weighted_rows
 from dejavu.kernels.tuning import TABLE, forget, override, settings, shape_key
 from dejavu.profiles.kernel_bench import DTYPES, SHAPES
 from dejavu.profiles.tune import candidates, write_table
@@ -15,7 +15,7 @@ DEFAULTS = {
     "fc1": sparse_mlp.default_settings(4096, torch.bfloat16, 1),
     "fc2": weighted_rows.default_settings(torch.bfloat16, 1),
     "out_proj": weighted_rows.default_settings(torch.bfloat16, 1),
-    "qkv": sparse_attention._default_qkv_settings(torch.bfloat16, 1, CPU),
+    "qkv": qkv.default_settings(torch.bfloat16, 1, CPU),
     "attention": sparse_attention._default_attention_settings(32, CPU),
     "down": predict._default_down_settings(4096, 1),
     "up": predict._default_up_settings(1024, 1),
