@@ -214,7 +214,9 @@ class Policy(Selector):
         self._sets.clear()
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
-        for unit in self._by_tap.get(tap, ()):
+        units = self._by_tap.get(tap, ())
+        z = None if all(map(self._in_one_go, units)) else standardise(residual)
+        for unit in units:
             with nvtx_range(unit.predict_name, "predict"):
                 if self._in_one_go(unit):
                     assert isinstance(unit.scorer, PackedLowRank) and residual.shape[1] == 1
@@ -222,7 +224,7 @@ class Policy(Selector):
                     found = unit.scorer.active_set(residual[:, 0], self._alive, union=union)
                     self._sets[id(unit)] = Chosen(*found, unit.mean)
                 else:
-                    self._scores[id(unit)] = unit.scorer(standardise(residual))
+                    self._scores[id(unit)] = unit.scorer(z)
 
     def _in_one_go(self, unit: Unit) -> bool:
         """Whether the kernels find a unit's set at its tap, without scores that anyone sees."""
