@@ -21,6 +21,7 @@ from dejavu.kernels.device import (
     token_block,
     wait_for_predecessor,
 )
+from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
 
 # Of `torch.nn.functional.layer_norm`, by which predictors were trained.
@@ -379,16 +380,8 @@ def _default_up_settings(r: int, batch: int) -> Settings:
     return {"ROWS": 16, "BLOCK_R": min(triton.next_power_of_2(r), 1024), "num_warps": 4}
 
 
-_op = torch.library.custom_op(
-    "dejavu::predict", _predict, mutates_args={"ids", "count", "tally"}, device_types="cuda"
-)
-_op.register_kernel("cpu")(predict_reference)
-_op.register_fake(lambda *arguments: None)
-_compact_op = torch.library.custom_op(
-    "dejavu::compact", _compact, mutates_args={"ids", "count"}, device_types="cuda"
-)
-_compact_op.register_kernel("cpu")(compact_reference)
-_compact_op.register_fake(lambda *arguments: None)
+_op = register("predict", cuda=_predict, cpu=predict_reference, mutates={"ids", "count", "tally"})
+_compact_op = register("compact", cuda=_compact, cpu=compact_reference, mutates={"ids", "count"})
 
 
 def predict(

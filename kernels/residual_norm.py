@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.registration import register
+
 
 def residual_norm_reference(
     partial: Tensor,
@@ -98,11 +100,7 @@ def _residual_norm(
     )
 
 
-_op = torch.library.custom_op(
-    "dejavu::residual_norm", _residual_norm, mutates_args={"total", "normed"}, device_types="cuda"
-)
-_op.register_kernel("cpu")(residual_norm_reference)
-_op.register_fake(lambda *arguments: None)
+_op = register("residual_norm", cuda=_residual_norm, cpu=residual_norm_reference, mutates={"total", "normed"})
 
 
 def residual_norm(

@@ -19,6 +19,7 @@ from dejavu.kernels.qkv import (
     one_head,
     project_qkv,
 )
+from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
@@ -279,14 +280,12 @@ def _default_attention_settings(pairs: int, device: torch.device) -> Settings:
     return {"SPLITS": min(splits, 32), "BLOCK_T": 32, "STAGES": 3, "num_warps": 4}
 
 
-_op = torch.library.custom_op(
-    "dejavu::sparse_attention",
-    _sparse_attention,
-    mutates_args={"inputs", "keys", "values", "filled_to", "out"},
-    device_types="cuda",
+_op = register(
+    "sparse_attention",
+    cuda=_sparse_attention,
+    cpu=sparse_attention_reference,
+    mutates={"inputs", "keys", "values", "filled_to", "out"},
 )
-_op.register_kernel("cpu")(sparse_attention_reference)
-_op.register_fake(lambda *arguments: None)
 
 
 def sparse_attention(

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.device import MAX_TOKENS, dot, num_sms, to_float, token_block
+from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
@@ -191,9 +192,7 @@ def default_settings(D: int, dtype: torch.dtype, tokens: int) -> Settings:
     return {"ROWS": 2 if dtype.itemsize > 1 else 4, "BLOCK_D": block, "PROGRAMS": 16, "num_warps": 4}
 
 
-_op = torch.library.custom_op("dejavu::sparse_mlp", _sparse_mlp, mutates_args={"out"}, device_types="cuda")
-_op.register_kernel("cpu")(sparse_mlp_reference)
-_op.register_fake(lambda *arguments: None)
+_op = register("sparse_mlp", cuda=_sparse_mlp, cpu=sparse_mlp_reference, mutates={"out"})
 
 
 def sparse_mlp(

@@ -12,10 +12,14 @@ if not torch.cuda.is_available():  # before anything imports the kernels: Triton
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from transformers import AutoTokenizer
 
 from dejavu.profiles.records import device_slug, write_record
 from dejavu.runtime.weights import find_model
+
+settings.register_profile("any machine", deadline=None)  # a slow machine breaks no test
+settings.load_profile("any machine")
 
 RESULTS = Path(__file__).parent.parent / "profiles" / "results"
 
