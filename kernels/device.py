@@ -13,8 +13,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Programs that meet at one counter; the largest shapes need a few hundred counters.
 _COUNTERS = 2**16
-
-
 # Tokens that share a reading of the weights in one launch; more take several.
 MAX_TOKENS = 16
 
@@ -49,17 +47,23 @@ def dot(a, b, acc):
 
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
-    """With programmatic dependent launch a kernel starts while its predecessor on the stream still runs; here
-    it waits until that is complete. Before, a program may read weights and write nothing."""
+    """With programmatic dependent launch a kernel starts while its predecessor on the stream still runs, once
+    every program of that has come here; and here it waits until that is complete. Before, a program may read
+    weights and write nothing."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
 
 
 @triton.jit
-def let_successor_start(PDL: tl.constexpr):
-    """The next kernel may start once every program has come here."""
-    if PDL:
-        gdc_launch_dependents()
+def arrives_last(counter_ptr, PROGRAMS: tl.constexpr):
+    """Whether this is the last of PROGRAMS programs to come here: it sees all that the others have written
+    before, and reads it past the first-level cache (``.cg``). The counter is zero again when it has come."""
+    tl.debug_barrier()  # all threads of this program have written
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == PROGRAMS - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
 
 
 @cache
@@ -70,7 +74,7 @@ def has_pdl(device: torch.device) -> bool:
 
 @cache
 def counters(device: torch.device) -> Tensor:
-    """Zeros ``int32[...]`` for programs to count arrivals in; whoever arrives last puts the zero back.
+    """Zeros ``int32[...]`` for `arrives_last`.
 
     One array a device: the kernels that count run on one stream, one after the other. (Predictors, which run
     beside them, count nothing.)

@@ -16,7 +16,6 @@ from dejavu.kernels.device import (
     MAX_TOKENS,
     dot,
     has_pdl,
-    let_successor_start,
     to_float,
     token_block,
     wait_for_predecessor,
@@ -24,10 +23,15 @@ from dejavu.kernels.device import (
 from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
 
-# Of `torch.nn.functional.layer_norm`, by which predictors were trained.
-EPS = 1e-5
+_EPS = 1e-5
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
+
+
+def standardise(residual: Tensor) -> Tensor:
+    """A tap as predictors see it: zero mean and unit variance over D, in fp32 at least."""
+    x = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
 
 
 def predict_reference(
@@ -46,15 +50,17 @@ def predict_reference(
     relu: bool,
 ) -> None:
     """See `predict`."""
-    wide = torch.promote_types(residual.dtype, torch.float32)
-    z = F.layer_norm(residual.to(wide), residual.shape[-1:])
-    down, up = (w.to(wide) if s is None else w.to(wide) * s for w, s in ((down, down_scale), (up, up_scale)))
+    z = standardise(residual)
+    down, up = (
+        w.to(z.dtype) if s is None else w.to(z.dtype) * s for w, s in ((down, down_scale), (up, up_scale))
+    )
     hidden = F.linear(z, down)
-    mask = F.linear(F.relu(hidden) if relu else hidden, up, bias.to(wide)) > threshold
+    mask = F.linear(F.relu(hidden) if relu else hidden, up, bias.to(z.dtype)) > threshold
     if alive is not None:
         mask = mask & alive.bool()[:, None]
     compact_reference(mask.any(0, keepdim=True) if ids.dim() == 1 else mask, ids, count)
-    _keep_tally(count, alive if ids.dim() == 2 else None, tally)
+    tally[0] += count.sum()
+    tally[1] += len(count) if ids.dim() == 1 or alive is None else alive.sum()
 
 
 def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
@@ -63,11 +69,6 @@ def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
     ids.view(mask.shape).copy_(order)
     count.copy_(mask.sum(-1))
-
-
-def _keep_tally(count: Tensor, alive: Tensor | None, tally: Tensor) -> None:
-    tally[0] += count.sum()
-    tally[1] += len(count) if alive is None else alive.sum()
 
 
 @triton.jit(do_not_specialize=["T", "R"])
@@ -98,7 +99,6 @@ def _down_kernel(
     sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
-    let_successor_start(PDL)
     wait_for_predecessor(PDL)
     if TOKENS == 1:
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -174,7 +174,6 @@ def _up_kernel(
         early = tl.load(
             row_ptr + cols[None, :], mask=inside_rows[:, None] & (cols < R)[None, :], other=0.0
         )  # while the first layer still runs
-    let_successor_start(PDL)
     wait_for_predecessor(PDL)
     threshold = tl.load(threshold_ptr)
     if HAS_ALIVE:
@@ -235,7 +234,6 @@ def _compact_kernel(
     ``sizes`` has the number of chosen ones in every ROWS entries, which divide PLACED.
     """
     block, s = tl.program_id(0), tl.program_id(1)
-    let_successor_start(PDL)
     wait_for_predecessor(PDL)
     mask_ptr += s * N
     first = block * PLACED
@@ -286,7 +284,7 @@ def _predict(
         hidden,
         B,
         r,
-        EPS,
+        _EPS,
         D=D,
         HAS_SCALE=down_scale is not None,
         RELU=relu,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import counters, dot, has_large_shared_memory
+from dejavu.kernels.device import arrives_last, counters, dot, has_large_shared_memory
 from dejavu.kernels.tuning import Settings, settings
 
 # Flushes of heads that are never chosen come at different steps, within this many.
@@ -211,14 +211,11 @@ def _qkv_block(
         parts = partial_ptr + tl.program_id(0).to(tl.int64) * SPLITS * ROWS * MANY
         part = parts + tl.arange(0, ROWS)[:, None] + column[None, :] * ROWS
         tl.store(part + tl.program_id(1) * ROWS * COLUMNS, acc, mask=mask)
-        tl.debug_barrier()  # all of this program's sums are written before it arrives
-        meeting = arrived_ptr + tl.program_id(0)
-        last = tl.atomic_add(meeting, 1, sem="acq_rel") == SPLITS - 1
+        last = arrives_last(arrived_ptr + tl.program_id(0), SPLITS)
         if last:
             acc = tl.zeros_like(acc)
             for i in tl.static_range(SPLITS):
                 acc += tl.load(part + i * ROWS * COLUMNS, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(meeting, 0)
     if last:
         if HAS_SCALE:
             acc *= tl.load(scale_ptr + flat, mask=inside_rows, other=0.0)[:, None]

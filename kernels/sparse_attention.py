@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, counters, num_sms
+from dejavu.kernels.device import MAX_TOKENS, arrives_last, counters, num_sms
 from dejavu.kernels.qkv import (
     chosen_heads,
     chosen_mask,
@@ -171,8 +171,7 @@ def _decode_attention_kernel(
         tl.store(record + h, acc)
         tl.store(record + BLOCK_H + tl.arange(0, 1), peak)
         tl.store(record + BLOCK_H + 1 + tl.arange(0, 1), norm)
-        tl.debug_barrier()  # all of this program's numbers are written before it arrives
-        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == SPLITS - 1:
+        if arrives_last(arrived_ptr + pair, SPLITS):
             each = tl.arange(0, SPLITS)
             records = partial_ptr + (pair * SPLITS + each) * (BLOCK_H + 2)
             peaks = tl.load(records + BLOCK_H, cache_modifier=".cg")
@@ -183,7 +182,6 @@ def _decode_attention_kernel(
             if HAS_MEAN:
                 y -= tl.load(mean_ptr + head * H + h, mask=inside, other=0.0).to(tl.float32)
             tl.store(out_ptr + pair * H + h, y, mask=inside)
-            tl.store(arrived_ptr + pair, 0)
 
 
 def _sparse_attention(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import counters, dot, to_float, token_block
+from dejavu.kernels.device import arrives_last, counters, dot, to_float, token_block
 from dejavu.kernels.tuning import Settings, settings
 
 
@@ -109,19 +109,15 @@ def _weighted_rows_kernel(
 
     mask = (t < T)[:, None] & inside[None, :]
     at = (s * T + t)[:, None] * D + cols[None, :]
+    last = True
     if SPLITS > 1:
         stride = tl.num_programs(2) * T * D  # between two splits
         tl.store(partial_ptr + split * stride + at, acc, mask=mask)
-        tl.debug_barrier()  # all of this program's sums are written before it arrives
-        meeting = arrived_ptr + s * tl.num_programs(0) + column
-        last = tl.atomic_add(meeting, 1, sem="acq_rel") == SPLITS - 1
+        last = arrives_last(arrived_ptr + s * tl.num_programs(0) + column, SPLITS)
         if last:
             acc = tl.zeros_like(acc)
             for i in tl.static_range(SPLITS):
                 acc += tl.load(partial_ptr + i * stride + at, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(meeting, 0)
-    else:
-        last = True
     if last:
         if HAS_BASE:
             acc += tl.load(base_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]

@@ -24,10 +24,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dejavu.kernels.predict import standardise
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.corpus import Corpus
 from dejavu.predictors.files import ModelIdentity, Source, Strict, damage
-from dejavu.predictors.selection import EVERYTHING, Choice, Selector, Tap, Truth, standardise
+from dejavu.predictors.selection import EVERYTHING, Choice, Selector, Tap, Truth
 from dejavu.profiles.records import existing_folder, write_file
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.engine import Engine

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.kernels.predict import compact
+from dejavu.kernels.predict import compact, standardise
 from dejavu.predictors.networks import PackedLowRank
 from dejavu.profiles.nvtx import nvtx_range
 
@@ -308,9 +307,3 @@ class Policy(Selector):
         total, n = self._chosen.get((unit.kind, unit.layer), (0, 0))
         chosen = mask.sum() / mask.shape[-1]
         self._chosen[unit.kind, unit.layer] = total + chosen, n + rows
-
-
-def standardise(residual: Tensor) -> Tensor:
-    """A tap as predictors see it: zero mean and unit variance over D, in fp32 at least."""
-    x = residual.to(torch.promote_types(residual.dtype, torch.float32))
-    return F.layer_norm(x, x.shape[-1:])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dejavu.kernels.predict import standardise
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.files import (
     GROUP,
@@ -24,7 +25,7 @@ from dejavu.predictors.files import (
     write_manifest,
 )
 from dejavu.predictors.networks import HeadContribution
-from dejavu.predictors.selection import Tap, standardise
+from dejavu.predictors.selection import Tap
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sparsity import at_density, load_policy
 from models import make_model

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dejavu.kernels.predict import standardise
 from dejavu.predictors.networks import (
     GROUP,
     HeadContribution,
@@ -21,7 +22,6 @@ from dejavu.predictors.networks import (
     low_rank_of,
     quantise,
 )
-from dejavu.predictors.selection import standardise
 
 
 def normals(seed, *shapes):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dejavu.kernels.predict import standardise
 from dejavu.predictors.networks import LowRank, PackedLowRank, Static
 from dejavu.predictors.selection import (
     EVERYTHING,
@@ -17,7 +18,6 @@ from dejavu.predictors.selection import (
     Policy,
     Tap,
     Unit,
-    standardise,
 )
 
 TAPS = st.builds(Tap, st.sampled_from(["attn_in", "mlp_in"]), st.integers(0, 200))
