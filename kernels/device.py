@@ -56,11 +56,11 @@ def wait_for_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
-def arrives_last(counter_ptr, PROGRAMS: tl.constexpr):
-    """Whether this is the last of PROGRAMS programs to come here: it sees all that the others have written
+def arrives_last(counter_ptr, programs):
+    """Whether this is the last of so many programs to come here: it sees all that the others have written
     before, and reads it past the first-level cache (``.cg``). The counter is zero again when it has come."""
     tl.debug_barrier()  # all threads of this program have written
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == PROGRAMS - 1
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(counter_ptr, 0)
     return last

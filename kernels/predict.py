@@ -16,6 +16,7 @@ from dejavu.kernels.device import (
     MAX_TOKENS,
     dot,
     has_pdl,
+    num_sms,
     to_float,
     token_block,
     wait_for_predecessor,
@@ -26,6 +27,10 @@ from dejavu.kernels.tuning import Settings, settings
 _EPS = 1e-5
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
+# Programs on each multiprocessor that run beside other work, with few registers each: those that the settings
+# for running alone would take are what the other kernel needs to keep its own loads under way (with 232 a
+# thread QKV took 42 us instead of 26 beside it).
+_BESIDE = 2
 
 
 def standardise(residual: Tensor) -> Tensor:
@@ -48,6 +53,7 @@ def predict_reference(
     count: Tensor,
     tally: Tensor,
     relu: bool,
+    beside: bool = False,
 ) -> None:
     """See `predict`."""
     z = standardise(residual)
@@ -91,51 +97,52 @@ def _down_kernel(
 ):
     """``hidden[t, k] = act(down[k] . z[t])``, as ``(down[k] . x[t] - mean * sum(down[k])) / deviation``: so a
     program needs no more than one pass over the stream."""
-    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside_rows = k < R
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
-    row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
-    sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
     wait_for_predecessor(PDL)
-    if TOKENS == 1:
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        first = tl.zeros([BLOCK_D], tl.float32)
-        second = tl.zeros([BLOCK_D], tl.float32)
-        for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
-            inside = d + cols < D
-            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
-            x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
-            acc += to_float(w) * x[None, :]
-            first += x
-            second += x * x
-        mean, square = tl.sum(first, 0)[None] / D, tl.sum(second, 0)[None] / D
-        h = tl.sum(acc, 1)[:, None]
-    else:
-        mean = tl.zeros([TOKENS], tl.float32)
-        square = tl.zeros([TOKENS], tl.float32)
-        h = tl.zeros([ROWS, TOKENS], tl.float32)
-        for d in tl.range(0, D, BLOCK_D):
-            inside = d + cols < D
-            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
-            x = tl.load(
-                x_ptr + t[None, :] * D + (d + cols)[:, None],
-                mask=(t < T)[None, :] & inside[:, None],
-                other=0.0,
-            )
-            wide = x.to(tl.float32)
-            mean += tl.sum(wide, 0) / D
-            square += tl.sum(wide * wide, 0) / D
-            h = dot(w, x, h)
-    if HAS_SCALE:
-        h *= scale[:, None]
-    variance = tl.maximum(square - mean * mean, 0.0)  # rounding can take it below zero
-    h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(variance + eps)[None, :]
-    if RELU:
-        h = tl.where(h < 0, 0.0, h)
-    tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
+    for block in tl.range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
+        k = block * ROWS + tl.arange(0, ROWS)
+        inside_rows = k < R
+        row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
+        if TOKENS == 1:
+            acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            first = tl.zeros([BLOCK_D], tl.float32)
+            second = tl.zeros([BLOCK_D], tl.float32)
+            for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
+                inside = d + cols < D
+                mask = inside_rows[:, None] & inside[None, :]
+                w = tl.load(row_ptr + (d + cols)[None, :], mask=mask, other=0.0)
+                x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
+                acc += to_float(w) * x[None, :]
+                first += x
+                second += x * x
+            mean, square = tl.sum(first, 0)[None] / D, tl.sum(second, 0)[None] / D
+            h = tl.sum(acc, 1)[:, None]
+        else:
+            mean = tl.zeros([TOKENS], tl.float32)
+            square = tl.zeros([TOKENS], tl.float32)
+            h = tl.zeros([ROWS, TOKENS], tl.float32)
+            for d in tl.range(0, D, BLOCK_D):
+                inside = d + cols < D
+                mask = inside_rows[:, None] & inside[None, :]
+                w = tl.load(row_ptr + (d + cols)[None, :], mask=mask, other=0.0)
+                x = tl.load(
+                    x_ptr + t[None, :] * D + (d + cols)[:, None],
+                    mask=(t < T)[None, :] & inside[:, None],
+                    other=0.0,
+                )
+                wide = x.to(tl.float32)
+                mean += tl.sum(wide, 0) / D
+                square += tl.sum(wide * wide, 0) / D
+                h = dot(w, x, h)
+        if HAS_SCALE:
+            h *= tl.load(scale_ptr + k, mask=inside_rows, other=0.0)[:, None]
+        variance = tl.maximum(square - mean * mean, 0.0)  # rounding can take it below zero
+        sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
+        h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(variance + eps)[None, :]
+        if RELU:
+            h = tl.where(h < 0, 0.0, h)
+        tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -160,57 +167,65 @@ def _up_kernel(
     PDL: tl.constexpr,
 ):
     """Whether ``up[k] . hidden[t] + bias[k]`` is above the threshold, for each live token or for any here;
-    and for how many k of this program."""
-    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside_rows = k < N
+    and for how many k of each block."""
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_R)
-    row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
-    bias = tl.load(bias_ptr + k, mask=inside_rows, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + k, mask=inside_rows, other=0.0)
     live = t < T
-    if TOKENS == 1:
-        early = tl.load(
-            row_ptr + cols[None, :], mask=inside_rows[:, None] & (cols < R)[None, :], other=0.0
-        )  # while the first layer still runs
+    blocks = tl.cdiv(N, ROWS)
+    if TOKENS == 1:  # the first weights, while the first layer still runs
+        own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        there = (own < N)[:, None] & (cols < R)[None, :]
+        early = tl.load(weight_ptr + own.to(tl.int64)[:, None] * R + cols[None, :], mask=there, other=0.0)
     wait_for_predecessor(PDL)
     threshold = tl.load(threshold_ptr)
     if HAS_ALIVE:
         live = live & (tl.load(alive_ptr + t, mask=live, other=0) != 0)
-    if TOKENS == 1:
-        h = tl.load(hidden_ptr + cols, mask=cols < R, other=0.0)
-        acc = to_float(early) * h[None, :]
-        for d in tl.static_range(BLOCK_R, R, BLOCK_R):
-            inside = d + cols < R
-            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
-            h = tl.load(hidden_ptr + d + cols, mask=inside, other=0.0)
-            acc += to_float(w) * h[None, :]
-        scores = tl.sum(acc, 1)[:, None]
-    else:
-        scores = tl.zeros([ROWS, TOKENS], tl.float32)
-        for d in tl.range(0, R, BLOCK_R):
-            inside = d + cols < R
-            w = tl.load(row_ptr + (d + cols)[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
-            h = tl.load(
-                hidden_ptr + t[None, :] * R + (d + cols)[:, None],
-                mask=(t < T)[None, :] & inside[:, None],
-                other=0.0,
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0)):
+        k = block * ROWS + tl.arange(0, ROWS)
+        inside_rows = k < N
+        row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
+        if TOKENS == 1:
+            h = tl.load(hidden_ptr + cols, mask=cols < R, other=0.0)
+            acc = to_float(early) * h[None, :]
+            for d in tl.static_range(BLOCK_R, R, BLOCK_R):
+                inside = d + cols < R
+                mask = inside_rows[:, None] & inside[None, :]
+                w = tl.load(row_ptr + (d + cols)[None, :], mask=mask, other=0.0)
+                h = tl.load(hidden_ptr + d + cols, mask=inside, other=0.0)
+                acc += to_float(w) * h[None, :]
+            further = k + tl.num_programs(0) * ROWS  # the next block's, while this one is summed
+            there = (further < N)[:, None] & (cols < R)[None, :]
+            early = tl.load(
+                weight_ptr + further.to(tl.int64)[:, None] * R + cols[None, :], mask=there, other=0.0
             )
-            scores = dot(w, h, scores)
-    if HAS_SCALE:
-        scores *= scale[:, None]
-    chosen = ((scores + bias[:, None] > threshold) & live[None, :]).to(tl.int8)
-    if UNION:
-        any_of_them = tl.where(inside_rows, tl.max(chosen, 1), 0)
-        tl.store(mask_ptr + tl.program_id(1) * N + k, any_of_them, mask=inside_rows)
-        size = tl.sum(any_of_them.to(tl.int32), 0)
-        tl.store(sizes_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), size)
-    else:
-        chosen = tl.where(inside_rows[:, None], chosen, 0)
-        tl.store(mask_ptr + t[None, :] * N + k[:, None], chosen, mask=inside_rows[:, None] & (t < T)[None, :])
-        size = tl.sum(chosen.to(tl.int32), 0)
-        tl.store(sizes_ptr + t * tl.num_programs(0) + tl.program_id(0), size, mask=t < T)
+            scores = tl.sum(acc, 1)[:, None]
+        else:
+            scores = tl.zeros([ROWS, TOKENS], tl.float32)
+            for d in tl.range(0, R, BLOCK_R):
+                inside = d + cols < R
+                mask = inside_rows[:, None] & inside[None, :]
+                w = tl.load(row_ptr + (d + cols)[None, :], mask=mask, other=0.0)
+                h = tl.load(
+                    hidden_ptr + t[None, :] * R + (d + cols)[:, None],
+                    mask=(t < T)[None, :] & inside[:, None],
+                    other=0.0,
+                )
+                scores = dot(w, h, scores)
+        if HAS_SCALE:
+            scores *= tl.load(scale_ptr + k, mask=inside_rows, other=0.0)[:, None]
+        bias = tl.load(bias_ptr + k, mask=inside_rows, other=0.0).to(tl.float32)
+        chosen = ((scores + bias[:, None] > threshold) & live[None, :]).to(tl.int8)
+        if UNION:
+            any_of_them = tl.where(inside_rows, tl.max(chosen, 1), 0)
+            tl.store(mask_ptr + tl.program_id(1) * N + k, any_of_them, mask=inside_rows)
+            size = tl.sum(any_of_them.to(tl.int32), 0)
+            tl.store(sizes_ptr + tl.program_id(1) * blocks + block, size)
+        else:
+            chosen = tl.where(inside_rows[:, None], chosen, 0)
+            mask = inside_rows[:, None] & (t < T)[None, :]
+            tl.store(mask_ptr + t[None, :] * N + k[:, None], chosen, mask=mask)
+            size = tl.sum(chosen.to(tl.int32), 0)
+            tl.store(sizes_ptr + t * blocks + block, size, mask=t < T)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -268,6 +283,7 @@ def _predict(
     count: Tensor,
     tally: Tensor,
     relu: bool,
+    beside: bool,
 ) -> None:
     """Launches the two layers and the compaction."""
     (B, D), (n, r), device = residual.shape, up.shape, residual.device
@@ -275,8 +291,12 @@ def _predict(
     blocks, pdl = triton.cdiv(B, tokens), has_pdl(device)
     hidden = torch.empty(B, r, dtype=torch.float32, device=device)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
+    beside = beside and B == 1
+    most = _BESIDE * num_sms(device) if beside else max(n, r)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
-    _down_kernel[(triton.cdiv(r, chosen["ROWS"]), blocks)](
+    if beside:
+        chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
+    _down_kernel[(min(triton.cdiv(r, chosen["ROWS"]), most), blocks)](
         residual,
         down,
         down_scale,
@@ -294,8 +314,10 @@ def _predict(
         **chosen,
     )
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
+    if beside:
+        chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
     sizes = torch.empty(len(mask), triton.cdiv(n, chosen["ROWS"]), dtype=torch.int32, device=device)
-    _up_kernel[(triton.cdiv(n, chosen["ROWS"]), blocks)](
+    _up_kernel[(min(triton.cdiv(n, chosen["ROWS"]), most), blocks)](
         hidden,
         up,
         up_scale,
@@ -396,6 +418,8 @@ def predict(
     *,
     union: bool,
     relu: bool = False,
+    beside: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The active set that a low-rank predictor finds. Triton kernels on CUDA, `predict_reference` on the CPU.
 
@@ -409,6 +433,8 @@ def predict(
         tally: ``int64[2]``, to which the numbers of entries chosen and of sets are added.
         union: one set for the batch, instead of one a sequence.
         relu: between the two layers.
+        beside: it runs beside other work, to which it leaves room: slower by itself, sooner for both.
+        out: ids and count to write to.
 
     Returns:
         ``ids int32[n]`` and ``count int32[1]`` of the union, or ``int32[B, n]`` and ``int32[B]``; ids ascend,
@@ -420,10 +446,15 @@ def predict(
     assert bias.shape == (n,) and down_sums.shape == (len(down),) and threshold.numel() == 1
     assert threshold.dtype == down_sums.dtype == torch.float32 and threshold.device == residual.device
     assert alive is None or alive.shape == (B,)
-    ids = torch.empty(n if union else (B, n), dtype=torch.int32, device=residual.device)
-    count = torch.empty(1 if union else B, dtype=torch.int32, device=residual.device)
+    if out is None:
+        ids = torch.empty(n if union else (B, n), dtype=torch.int32, device=residual.device)
+        count = torch.empty(1 if union else B, dtype=torch.int32, device=residual.device)
+    else:
+        ids, count = out
+        assert ids.shape == ((n,) if union else (B, n)) and count.shape == (1 if union else B,)
+        assert ids.dtype == count.dtype == torch.int32 and ids.is_contiguous()
     arguments = (down, down_scale, down_sums, up, up_scale, bias, threshold, alive, ids, count, tally, relu)
-    _op(residual.contiguous(), *arguments)
+    _op(residual.contiguous(), *arguments, beside)
     return ids, count
 
 

@@ -145,8 +145,9 @@ def _decode_attention_kernel(
                 tl.store(filled_to_ptr + pair, position + 1)
         if not chosen:
             tl.store(out_ptr + pair * H + h, tl.zeros([BLOCK_H], tl.float32), mask=inside)
-    if chosen:
-        span = tl.cdiv(tl.cdiv(position + 1, SPLITS), BLOCK_T) * BLOCK_T
+    span = tl.cdiv(tl.cdiv(position + 1, SPLITS), BLOCK_T) * BLOCK_T
+    used = tl.cdiv(position + 1, span).to(tl.int32)  # shares that are not empty: a short cache has few
+    if chosen and split < used:
         start = split * span
         stop = tl.minimum(start + span, position + 1)
         q = tl.load(q_ptr + pair * H + h, mask=inside, other=0.0) * softmax_scale
@@ -171,13 +172,16 @@ def _decode_attention_kernel(
         tl.store(record + h, acc)
         tl.store(record + BLOCK_H + tl.arange(0, 1), peak)
         tl.store(record + BLOCK_H + 1 + tl.arange(0, 1), norm)
-        if arrives_last(arrived_ptr + pair, SPLITS):
+        if arrives_last(arrived_ptr + pair, used):
             each = tl.arange(0, SPLITS)
+            there = each < used
             records = partial_ptr + (pair * SPLITS + each) * (BLOCK_H + 2)
-            peaks = tl.load(records + BLOCK_H, cache_modifier=".cg")
-            norms = tl.load(records + BLOCK_H + 1, cache_modifier=".cg")
+            peaks = tl.load(records + BLOCK_H, mask=there, other=float("-inf"), cache_modifier=".cg")
+            norms = tl.load(records + BLOCK_H + 1, mask=there, other=0.0, cache_modifier=".cg")
             share = tl.exp(peaks - tl.max(peaks, 0))
-            accs = tl.load(records[:, None] + h[None, :], cache_modifier=".cg")
+            accs = tl.load(
+                records[:, None] + h[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg"
+            )
             y = tl.sum(accs * share[:, None], 0) / tl.sum(norms * share, 0)
             if HAS_MEAN:
                 y -= tl.load(mean_ptr + head * H + h, mask=inside, other=0.0).to(tl.float32)
@@ -259,15 +263,18 @@ def _sparse_attention(
         **chosen_heads(ids, filled_to, N, W, H),
         **chosen,
     )
+    # the rows of one sequence's heads are named; of several, each row is read once for all that chose its head
+    named = ids is not None and B == 1
     weighted_rows(
         heads.view(B, N * H),
         out_proj.flatten(0, 1),
         out_proj_scale,
-        None,
-        None,
+        ids.view(N) if ids is not None and named else None,
+        count if named else None,
         out,
         base,
-        skip_zeros=ids is not None,
+        group=H if named else 1,
+        skip_zeros=ids is not None and not named,
         name="out_proj",
     )
 

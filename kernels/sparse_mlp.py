@@ -28,11 +28,18 @@ def sparse_mlp_reference(
     ids: Tensor | None,
     count: Tensor | None,
     out: Tensor,
+    live_tally: Tensor | None = None,
+    alive: Tensor | None = None,
 ) -> None:
     """See `sparse_mlp`."""
     if ids is None or count is None:
         hidden = F.linear(x, _scaled(fc1, fc1_scale, x), fc1_bias).relu_()
+        if alive is not None:
+            hidden = hidden.masked_fill(alive[:, None, None] == 0, 0)
         torch.matmul(hidden, _scaled(fc2, fc2_scale, x), out=out)
+        if live_tally is not None:
+            live_tally[0] += hidden.flatten(0, 1).any(0).sum()
+            live_tally[1] += 1
         return
     if ids.dim() == 2:
         _one_set_a_sequence(x, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count, out)
@@ -80,6 +87,7 @@ def _fc1_kernel(
     bias_ptr,
     ids_ptr,
     count_ptr,
+    alive_ptr,
     h_ptr,
     T,
     F,
@@ -87,6 +95,7 @@ def _fc1_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,6 +146,8 @@ def _fc1_kernel(
         if HAS_BIAS:
             h += bias[:, None]
         h = tl.where(h < 0, 0.0, h)  # not maximum, which would silence a NaN
+        if HAS_ALIVE:
+            h = tl.where((tl.load(alive_ptr + t, mask=t < T, other=0) != 0)[None, :], h, 0.0)
         tl.store(h_ptr + t[None, :] * F + k[:, None], h, mask=chosen[:, None] & (t < T)[None, :])
 
 
@@ -150,6 +161,8 @@ def _sparse_mlp(
     ids: Tensor | None,
     count: Tensor | None,
     out: Tensor,
+    live_tally: Tensor | None,
+    alive: Tensor | None,
 ) -> None:
     """Launches the two phases."""
     ffn, D = fc1.shape
@@ -158,8 +171,10 @@ def _sparse_mlp(
     T = B // sets
     if T > MAX_TOKENS:
         weights = (fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count)
-        for some, place in zip(x.view(B, D).split(MAX_TOKENS), out.view(B, D).split(MAX_TOKENS), strict=True):
-            _sparse_mlp(some, *weights, place)
+        for first in range(0, B, MAX_TOKENS):
+            some = slice(first, first + MAX_TOKENS)
+            here = None if alive is None else alive[some]
+            _sparse_mlp(x.view(B, D)[some], *weights, out.view(B, D)[some], live_tally, here)
         return
     h = torch.empty(B, ffn, dtype=torch.float32, device=x.device)
     chosen = dict(settings("fc1", default_settings(D, fc1.dtype, T), ffn, D, fc1.dtype, T, x.device))
@@ -171,6 +186,7 @@ def _sparse_mlp(
         fc1_bias,
         ids,
         count,
+        alive,
         h,
         T,
         ffn,
@@ -178,10 +194,13 @@ def _sparse_mlp(
         HAS_SCALE=fc1_scale is not None,
         HAS_BIAS=fc1_bias is not None,
         HAS_IDS=ids is not None,
+        HAS_ALIVE=alive is not None,
         TOKENS=token_block(T),
         **chosen,
     )
-    weighted_rows(h, fc2, fc2_scale, ids, count, out.view(B, D), skip_zeros=ids is not None, name="fc2")
+    skip = ids is not None or live_tally is not None
+    out = out.view(B, D)
+    weighted_rows(h, fc2, fc2_scale, ids, count, out, None, live_tally, skip_zeros=skip, name="fc2")
 
 
 def default_settings(D: int, dtype: torch.dtype, tokens: int) -> Settings:
@@ -192,7 +211,7 @@ def default_settings(D: int, dtype: torch.dtype, tokens: int) -> Settings:
     return {"ROWS": 2 if dtype.itemsize > 1 else 4, "BLOCK_D": block, "PROGRAMS": 16, "num_warps": 4}
 
 
-_op = register("sparse_mlp", cuda=_sparse_mlp, cpu=sparse_mlp_reference, mutates={"out"})
+_op = register("sparse_mlp", cuda=_sparse_mlp, cpu=sparse_mlp_reference, mutates={"out", "live_tally"})
 
 
 def sparse_mlp(
@@ -205,6 +224,8 @@ def sparse_mlp(
     ids: Tensor | None = None,
     count: Tensor | None = None,
     out: Tensor | None = None,
+    live_tally: Tensor | None = None,
+    alive: Tensor | None = None,
 ) -> Tensor:
     """``relu(x @ fc1[ids].T + fc1_bias[ids]) @ fc2[ids]``: only the chosen rows are read, and of fc2 only
     those whose activation is not zero. Triton kernels on CUDA, `sparse_mlp_reference` on the CPU.
@@ -218,6 +239,9 @@ def sparse_mlp(
         ids: ``int32[F]``; the first ``count`` (``int32[1]``) entries name the neurons of the whole batch. Or
             ``int32[B, F]`` and ``int32[B]``: each sequence has its own. None: all, and all of fc2 is read.
         out: ``[B, S, D]`` to write to.
+        live_tally: ``int64[2]``, to which the neurons that are live for any token and 1 are added (for every
+            16 tokens); only with ``ids`` None, and then of fc2 only live rows are read.
+        alive: ``int64[B]``, with ``S`` 1; where it is 0, no neuron is live.
 
     Returns:
         ``[B, S, D]``, this rank's share of the block's output, without fc2's bias.
@@ -231,5 +255,7 @@ def sparse_mlp(
     if out is None:
         out = torch.empty_like(x)
     assert out.shape == x.shape and out.is_contiguous()
-    _op(x.contiguous(), fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count, out)
+    assert live_tally is None or ids is None
+    assert alive is None or (alive.shape == x.shape[:1] and x.shape[1] == 1)
+    _op(x.contiguous(), fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count, out, live_tally, alive)
     return out

@@ -22,6 +22,7 @@ def weighted_rows_reference(
     count: Tensor | None,
     out: Tensor,
     base: Tensor | None = None,
+    tally: Tensor | None = None,
 ) -> None:
     """``out = h[:, :count] @ (weight * scale)[ids[:count]] + base``; see `weighted_rows`."""
     for s, tokens in enumerate(h.split(len(h) if ids is None or ids.dim() == 1 else 1)):
@@ -30,6 +31,8 @@ def weighted_rows_reference(
             rows = ids.view(-1, len(weight))[s, : int(count[s])].long()
         used = tokens[:, : len(rows)]
         live = used.any(0)
+        if tally is not None:
+            tally += torch.stack([live.sum(), torch.ones_like(tally[0])])
         chosen = weight[rows[live]].to(h.dtype)
         if scale is not None:
             chosen = chosen * scale[rows[live]].to(h.dtype)
@@ -48,6 +51,7 @@ def _weighted_rows_kernel(
     base_ptr,
     partial_ptr,
     arrived_ptr,
+    tally_ptr,
     out_ptr,
     T,
     F,
@@ -55,7 +59,9 @@ def _weighted_rows_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
+    GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -70,23 +76,26 @@ def _weighted_rows_kernel(
     h_ptr += s.to(tl.int64) * T * F
     count = F
     if HAS_IDS:
-        count = tl.load(count_ptr + s)
-        ids_ptr += s.to(tl.int64) * F
+        count = tl.load(count_ptr + s) * GROUP
+        ids_ptr += s.to(tl.int64) * (F // GROUP)
     acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
+    number = tl.zeros([ROWS], tl.int32)
     for first in tl.range(split * ROWS, count, SPLITS * ROWS, num_stages=STAGES):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
         rows = k
         if HAS_IDS:
-            rows = tl.load(ids_ptr + k, mask=chosen, other=0)
+            rows = tl.load(ids_ptr + k // GROUP, mask=chosen, other=0) * GROUP + k % GROUP
         if TOKENS == 1:
-            h = tl.load(h_ptr + k, mask=chosen, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + (k if GROUP == 1 else rows), mask=chosen, other=0.0).to(tl.float32)
             live = h != 0
         else:
             h = tl.load(
                 h_ptr + t[:, None] * F + k[None, :], mask=(t < T)[:, None] & chosen[None, :], other=0.0
             )
             live = tl.sum((h != 0).to(tl.int32), 0) > 0
+        if HAS_TALLY:
+            number += live.to(tl.int32)
         if not SKIP_ZEROS:
             live = chosen
         w = tl.load(
@@ -106,6 +115,10 @@ def _weighted_rows_kernel(
             acc = dot(h, w, acc)
     if TOKENS == 1:
         acc = tl.sum(acc, 0)[None, :]
+    if HAS_TALLY and column == 0:  # every column has the same rows
+        tl.atomic_add(tally_ptr, tl.sum(number, 0).to(tl.int64))
+        if split == 0:
+            tl.atomic_add(tally_ptr + 1, 1)
 
     mask = (t < T)[:, None] & inside[None, :]
     at = (s * T + t)[:, None] * D + cols[None, :]
@@ -132,7 +145,9 @@ def weighted_rows(
     count: Tensor | None,
     out: Tensor,
     base: Tensor | None = None,
+    tally: Tensor | None = None,
     *,
+    group: int = 1,
     skip_zeros: bool = True,
     name: str = "rows",
 ) -> None:
@@ -141,16 +156,19 @@ def weighted_rows(
     Args:
         h: ``[B, F]``, contiguous; entry ``k`` belongs to the row ``ids[k]``.
         weight: ``[F, D]`` of 16 or 32 bits, or of 8 with ``scale fp32[F, 1]``.
-        ids: ``int32[F]`` and ``count int32[1]`` for all tokens, ``int32[B, F]`` and ``int32[B]`` for one set
+        ids: ``int32[F / group]`` and ``count int32[1]`` for all tokens, ``int32[B, F]`` and ``int32[B]`` for one set
             each; None: all rows.
         out: ``[B, D]``, contiguous; written.
         base: ``[D]``, added to every token's sum.
+        tally: ``int64[2]``, to which the rows whose weight is not zero and the number of sets are added.
+        group: ids name so many rows each, one token's, whose weights then lie in the rows' order.
         skip_zeros: rows that no token gives a weight are not read.
         name: by which the table of settings knows this use.
     """
     (B, F), D = h.shape, weight.shape[1]
     sets = B if ids is not None and ids.dim() == 2 else 1
     T = B // sets
+    assert group == 1 or (T == 1 and ids is not None), "groups of rows are one token's"
     chosen = settings(name, default_settings(weight.dtype, T), F, D, weight.dtype, T, h.device)
     columns = triton.cdiv(D, chosen["BLOCK_D"])
     splits = chosen["SPLITS"]
@@ -165,6 +183,7 @@ def weighted_rows(
         base,
         partial,
         counters(h.device),
+        tally,
         out,
         T,
         F,
@@ -172,7 +191,9 @@ def weighted_rows(
         HAS_SCALE=scale is not None,
         HAS_IDS=ids is not None,
         HAS_BASE=base is not None,
+        HAS_TALLY=tally is not None,
         SKIP_ZEROS=skip_zeros,
+        GROUP=group,
         TOKENS=token_block(T),
         **chosen,
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
+from dejavu.launch.bench_all_reduce import all_reduce
+from dejavu.launch.bench_decode import decode
 from dejavu.launch.options import bar, stderr
 from dejavu.profiles.kernel_bench import (
     DTYPES,
@@ -24,6 +26,8 @@ from dejavu.profiles.timing import read_bandwidth
 from dejavu.profiles.tune import tune, write_table
 
 app = typer.Typer(no_args_is_help=True, help="Measure the kernels of this GPU.")
+app.command("all-reduce")(all_reduce)
+app.command("decode")(decode)
 
 Shape = Annotated[
     list[str] | None, typer.Option(help="opt-6.7b to opt-175b; :N for one of N ranks. Several times.")

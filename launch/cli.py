@@ -12,8 +12,19 @@ import torch.distributed as dist
 import typer
 
 from dejavu.launch.bench import app as bench_app
+from dejavu.launch.convert import convert_command
 from dejavu.launch.demo_page import show_demo
-from dejavu.launch.options import NVTX, Device, DType, Model, load_engine, print_line, stderr
+from dejavu.launch.options import (
+    NVTX,
+    AllReduce,
+    Device,
+    DType,
+    LookaheadOption,
+    Model,
+    load_engine,
+    print_line,
+    stderr,
+)
 from dejavu.launch.pipeline import COMMANDS
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
@@ -26,6 +37,7 @@ from dejavu.runtime.weights import DEMO
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.command("convert")(convert_command)
 app.add_typer(bench_app, name="bench")
 
 Sparsity = Annotated[str, typer.Option(help="dense, lossless, or a directory of calibrated predictors.")]
@@ -69,6 +81,11 @@ def generate(
     ] = 0,
     dtype: DType = "auto",
     device: Device = "auto",
+    all_reduce: AllReduce = "auto",
+    cuda_graph: Annotated[
+        bool, typer.Option(help="Record the decode step; without, it is launched with all NVTX ranges.")
+    ] = True,
+    lookahead: LookaheadOption = "tap",
     nvtx_ranges: NVTX = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")] = False,
 ) -> None:
@@ -94,7 +111,10 @@ def generate(
         nvtx_ranges,
         sparsity=sparsity,
         density=density,
+        all_reduce=all_reduce,
+        cuda_graph=cuda_graph,
         fill_kv=fill_kv,  # type: ignore[arg-type]  # Engine checks it
+        lookahead=lookahead,  # type: ignore[arg-type]  # Engine checks it
     )
     if stdin:
         answer_stream(engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch)
@@ -201,8 +221,9 @@ def main() -> None:
         status = _run()
     if status == 0:
         shut_down()
-    elif "WORLD_SIZE" in os.environ:
-        # All ranks leave at once: there is nobody to take leave of, and gloo's threads can abort the attempt.
+    if "WORLD_SIZE" in os.environ:
+        # Without taking leave of Python: gloo's threads can abort that. After an error all ranks leave at once,
+        # and there is nobody to take leave of.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from dejavu.parallel.groups import global_rank
+from dejavu.predictors.selection import Lookahead
 from dejavu.profiles import nvtx
 from dejavu.runtime.engine import Engine, FillKV
 from dejavu.runtime.loading import OnLoad
@@ -24,6 +25,12 @@ from dejavu.runtime.loading import OnLoad
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]
 DType = Annotated[str, typer.Option(help="fp16, bf16, fp32; auto: the model's on CUDA, fp32 on the CPU.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+LookaheadOption = Annotated[
+    str, typer.Option(help="When predictors run: tap, collective (beside the main stream), inline (on it).")
+]
+AllReduce = Annotated[
+    str, typer.Option(help="auto (symmetric memory where it is to be had), nccl, or symm (nothing else).")
+]
 NVTX = Annotated[bool, typer.Option("--nvtx", help="Emit NVTX ranges (also: DEJAVU_NVTX=1).")]
 
 
@@ -36,6 +43,9 @@ def load_engine(
     sparsity: str = "dense",
     density: float | None = None,
     fill_kv: FillKV = "lazy",
+    all_reduce: str = "auto",
+    cuda_graph: bool = True,
+    lookahead: Lookahead = "tap",
 ) -> Engine:
     """The engine, with a bar while it loads."""
     if nvtx_ranges:
@@ -48,6 +58,9 @@ def load_engine(
             sparsity=sparsity,
             density=density,
             fill_kv=fill_kv,
+            all_reduce=all_reduce,
+            cuda_graph=cuda_graph,
+            lookahead=lookahead,
             on_load=on_load,
         )
 

@@ -1,4 +1,4 @@
-"""The collectives of a step. Routes other than gloo and NCCL go behind these functions, not beside them.
+"""The collectives of a step. Which way an all-reduce takes is decided in `dejavu.parallel.routes`.
 
 Shape legend: B batch, S query length, D hidden, V vocabulary.
 """
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dejavu.kernels.reduce_residual_norm import fused_reduce_residual_norm
 from dejavu.kernels.residual_norm import residual_norm
 from dejavu.parallel.groups import TPGroup
 from dejavu.profiles.nvtx import nvtx_range
@@ -16,11 +17,17 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def all_reduce(x: Tensor, tp: TPGroup) -> Tensor:
-    """Sums ``x`` over the ranks, in place; returns it."""
-    if tp.size > 1:
-        with nvtx_range("all_reduce", "collective"):
-            dist.all_reduce(x, group=tp.group)
-    return x
+    """The sum of ``x`` over the ranks. ``x`` is overwritten; the sum lies there or, if ``x`` is a payload of
+    `TPGroup.buffer`, possibly in memory of its own."""
+    if tp.size == 1:
+        return x
+    with nvtx_range("all_reduce", "collective"):
+        routes = tp.routes.get(x.dtype)
+        route = "nccl" if routes is None else routes.of_sum(x)
+        if routes is not None and route != "nccl":
+            return routes.all_reduce(x, route)
+        dist.all_reduce(x, group=tp.group)
+        return x
 
 
 def all_gather_last(x: Tensor, tp: TPGroup) -> Tensor:
@@ -55,10 +62,24 @@ def reduce_residual_norm(
     Returns:
         ``(sum, norm(sum))`` with ``sum = residual + all_reduce(partial) + bias``, both ``[B, S, D]``.
     """
-    if extra is None or tp.size == 1:
-        all_reduce(partial, tp)
-    else:
-        payload = all_reduce(torch.cat([partial.flatten(), extra.flatten()]), tp)
+    if tp.size > 1 and extra is not None:
+        payload = all_reduce(_joined(partial, extra, tp), tp)
         partial = payload[: partial.numel()].view_as(partial)
         extra.copy_(payload[partial.numel() :].view_as(extra))
+    elif tp.size > 1:
+        routes = tp.routes.get(partial.dtype)
+        if routes is not None and routes.is_fused(partial):
+            with nvtx_range("all_reduce", "collective"):
+                return fused_reduce_residual_norm(partial, residual, bias, norm, routes.inboxes)
+        partial = all_reduce(partial, tp)
     return residual_norm(partial, residual, bias, norm)
+
+
+def _joined(partial: Tensor, extra: Tensor, tp: TPGroup) -> Tensor:
+    """One payload of both; ``partial`` usually is the beginning of the payload already."""
+    n = partial.numel()
+    payload = tp.buffer((n + extra.numel(),), partial.dtype)
+    if payload.data_ptr() != partial.data_ptr():
+        payload[:n].copy_(partial.flatten())
+    payload[n:].copy_(extra.flatten())
+    return payload

@@ -4,36 +4,49 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from dejavu.parallel.routes import Routes
+
 T = TypeVar("T")
 
 # Elements of the reserved payload: 64 tokens of OPT-175B and something riding along.
-_RESERVED = 2**20
+RESERVED = 2**20
 
 
 @dataclass(eq=False, slots=True)
 class TPGroup:
-    """The ranks that share one model. ``TPGroup()`` is one rank, on the CPU: all of it in one process."""
+    """The ranks that share one model. ``TPGroup()`` is one rank, on the CPU: all of it in one process.
+
+    A model is cut into ``shares``, one a rank. A benchmark may cut it into more (0: it does not): its ranks
+    then hold a few of the shares, and what they compute is no model's output.
+    ``routes``: the dtypes whose all-reduces need not go by NCCL (`dejavu.parallel.routes.reserve`).
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
+    shares: int = 0
+    routes: dict[torch.dtype, "Routes"] = field(default_factory=dict, repr=False)
     _buffers: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        self.shares = self.shares or self.size
+
     def divide(self, n: int) -> int:
-        """``n / size``; the sizes were checked with the user's config, so a remainder is our mistake."""
-        assert n % self.size == 0, f"{n} is not divisible by tp={self.size}"
-        return n // self.size
+        """A share of ``n``; the sizes were checked with the user's config, so a remainder is our mistake."""
+        assert n % self.shares == 0, f"{n} is not divisible by tp={self.shares}"
+        return n // self.shares
 
     def shard(self, n: int) -> slice:
         """This rank's contiguous share of ``n`` rows; the last ranks get fewer if ``n`` is not divisible."""
-        share = -(-n // self.size)
+        share = -(-n // self.shares)
         return slice(min(self.rank * share, n), min((self.rank + 1) * share, n))
 
     def buffer(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -43,11 +56,16 @@ class TPGroup:
         memory can rely on it. What is longer (a prefill's) gets memory of its own.
         """
         numel = prod(shape)
-        if numel > _RESERVED:
+        if numel > RESERVED:
             return torch.empty(shape, dtype=dtype, device=self.device)
         if dtype not in self._buffers:
-            self._buffers[dtype] = torch.empty(_RESERVED, dtype=dtype, device=self.device)
+            self._buffers[dtype] = torch.empty(RESERVED, dtype=dtype, device=self.device)
         return self._buffers[dtype][:numel].view(shape)
+
+    def set_buffer(self, buffer: Tensor) -> None:
+        """``buffer [RESERVED]``, registered memory, is where payloads of its dtype lie from now on."""
+        assert buffer.shape == (RESERVED,)
+        self._buffers[buffer.dtype] = buffer
 
     def broadcast_object(self, obj: T) -> T:
         """Rank 0's ``obj``, on every rank. For the host's control messages, not for tensors of the step."""
@@ -67,14 +85,15 @@ class TPGroup:
             result = action()
         except (ValueError, OSError) as e:
             cause = e
-        errors = self._gather_objects(None if cause is None else str(cause))
+        errors = self.gather_objects(None if cause is None else str(cause))
         for rank, error in enumerate(errors):
             if error is not None:
                 same_everywhere = all(other == error for other in errors)
                 raise ValueError(error if same_everywhere else f"rank {rank}: {error}") from cause
         return result  # type: ignore[return-value]  # None only where T is
 
-    def _gather_objects(self, obj: T) -> list[T]:
+    def gather_objects(self, obj: T) -> list[T]:
+        """Every rank's ``obj``, in rank order, on every rank."""
         objects = [obj] * self.size
         if self.size > 1:
             dist.all_gather_object(objects, obj, group=self.group)
@@ -118,6 +137,7 @@ def init_tp(device: torch.device) -> TPGroup:
         return TPGroup(device=device)
     if not dist.is_initialized():
         on_cuda = device.type == "cuda"
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no multicast: it is not to be had on every machine
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None

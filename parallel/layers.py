@@ -174,11 +174,11 @@ class VocabParallelEmbedding(nn.Module):
         self.vocab_size = vocab_size
         self.tp = tp
         self.rows = tp.shard(vocab_size)
-        self.weight = Weight(-(-vocab_size // tp.size), dim)
+        self.weight = Weight(-(-vocab_size // tp.shares), dim)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """``token_ids [B, S]`` to ``[B, S, dim]``, good until the next payload; one all-reduce."""
-        if self.tp.size == 1:
+        if self.tp.shares == 1:
             return F.embedding(token_ids, self.weight.value)
         here = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
         rows = F.embedding(torch.where(here, token_ids - self.rows.start, 0), self.weight.value)

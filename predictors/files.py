@@ -118,6 +118,7 @@ class Manifest(Strict):
 
     format: Literal[1] = 1
     model: ModelIdentity
+    source_fingerprint: str | None = None  # of the model that this one was converted from
     method: Method
     lookahead: str
     entries: list[Entry]

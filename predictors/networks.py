@@ -80,7 +80,15 @@ class PackedLowRank(nn.Module):
         scores = F.linear(F.relu(hidden) if self.relu else hidden, self._wide("up").to(z.dtype))
         return scores + self.bias
 
-    def active_set(self, residual: Tensor, alive: Tensor | None, *, union: bool) -> tuple[Tensor, Tensor]:
+    def active_set(
+        self,
+        residual: Tensor,
+        alive: Tensor | None,
+        *,
+        union: bool,
+        beside: bool = False,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The ids and the count of what is chosen at ``residual [B, D]``: of the whole batch or, without
         ``union``, of each sequence. See `dejavu.kernels.predict.predict`."""
         return predict(
@@ -96,6 +104,8 @@ class PackedLowRank(nn.Module):
             self.tally,
             union=union,
             relu=self.relu,
+            beside=beside,
+            out=out,
         )
 
     def _wide(self, name: str) -> Tensor:

@@ -9,14 +9,16 @@ Shape legend: B batch, S query length, D hidden, N local heads, H head dim, n lo
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dejavu.kernels.predict import compact, standardise
-from dejavu.predictors.networks import PackedLowRank
+from dejavu.parallel.overlap import SideStream
+from dejavu.predictors.networks import NeuronContribution, PackedLowRank
 from dejavu.profiles.nvtx import nvtx_range
 
 Kind = Literal["mlp", "heads"]
@@ -94,17 +96,33 @@ class Masked:
         return torch.where(mask, x, 0.0 if self.mean is None else self.mean.output.to(x.dtype))
 
 
-Choice = Chosen | Masked | None  # None: everything
+class Live(NamedTuple):
+    """All of fc1, and of fc2 the rows whose neuron is live for some token: no approximation at all. Their
+    number and 1 are added to ``tally int64[2]``; sequences that are not ``alive [B]`` have none."""
+
+    tally: Tensor
+    alive: Tensor | None
+
+
+Choice = Chosen | Masked | Live | None  # None: everything
 
 
 class Selector:
-    """Chooses everything; the base of all that choose less, or look on."""
+    """Chooses everything; the base of all that choose less, or look on.
+
+    ``capturable``: a decode step with it is the same launches over the same memory every time.
+    """
+
+    capturable = False
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
         """A pass begins: ``positions [B, S]``; ``alive [B]``, 0 for sequences that choose nothing."""
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
         """The residual stream ``[B, S, D]`` at ``tap``, the same on every rank."""
+
+    def before_collective(self) -> None:
+        """A block has been computed; the next that the main stream does is to wait for its peers."""
 
     def heads(self, layer: int, truth: Truth) -> Choice:
         """The heads of ``layer``; ``truth()`` is the output ``[B, S, N, H]`` of all of them."""
@@ -115,7 +133,11 @@ class Selector:
         return None
 
 
-EVERYTHING = Selector()
+class _Everything(Selector):
+    capturable = True
+
+
+EVERYTHING = _Everything()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +150,8 @@ class ActiveSet:
 
 class Fixed(Selector):
     """Sets that are given: recorded ones, or a test's. One `ActiveSet` a layer."""
+
+    capturable = True
 
     def __init__(self, active: Sequence[ActiveSet]) -> None:
         self.active = active
@@ -158,15 +182,60 @@ class Unit:
     refine: "Unit | None" = None  # chooses again among the chosen
     predict_name: str = field(init=False)
     select_name: str = field(init=False)
+    live_tally: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, PackedLowRank):
             self.scorer = self.scorer.at(self.threshold)
+        if isinstance(self.scorer, NeuronContribution) and self.sees_truth and self.threshold == 0:
+            # every neuron that adds anything: no approximation, and nothing need be scored
+            self.live_tally = torch.zeros(2, dtype=torch.int64, device=self.scorer.norms.device)
         block = f"layer.{self.layer}/{'attention' if self.kind == 'heads' else 'mlp'}"
         self.predict_name, self.select_name = f"{block}/predict", f"{block}/select"
 
 
 Sharing = Literal["union", "each", "mask"]
+# When a predictor starts: on the side stream, as soon as its tap exists or with the next collective; or on
+# the main stream, at its tap.
+Lookahead = Literal["tap", "collective", "inline"]
+
+
+class _Found(NamedTuple):
+    """A set that the kernels have found, when it is there, and what they read: the memory is not to be used
+    again before the main stream has waited for them."""
+
+    chosen: Chosen
+    ready: "torch.cuda.Event | None"
+    residual: Tensor
+
+
+class SetBuffers:
+    """The sets of some units for a batch in one ``int32`` tensor, so that a step's can be kept and put back.
+
+    Args:
+        sizes: of each unit, the numbers of its sets and of the entries that they choose from.
+    """
+
+    def __init__(self, sizes: dict[int, tuple[int, int]], device: torch.device) -> None:
+        places, end = {}, 0
+        for key, (sets, n) in sizes.items():
+            places[key] = (end, end + _aligned(sets * n))
+            end += _aligned(sets * n) + _aligned(sets)
+        self.data = torch.zeros(end, dtype=torch.int32, device=device)
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        for key, (ids, counts) in places.items():
+            sets, n = sizes[key]
+            self._views[key] = self.data[ids : ids + sets * n], self.data[counts : counts + sets]
+
+    def of(self, unit: "Unit", *, union: bool) -> tuple[Tensor, Tensor]:
+        """``ids`` and ``count`` of a unit, as a `Chosen` has them."""
+        ids, count = self._views[id(unit)]
+        return (ids if union else ids.view(len(count), -1)), count
+
+
+def _aligned(n: int) -> int:
+    """So that all begin at 16 bytes."""
+    return -(-n // 4) * 4
 
 
 class Policy(Selector):
@@ -180,6 +249,8 @@ class Policy(Selector):
             ``each`` sequence has its own (the semantics of batch 1); ``mask``: a set for every token of a
             pass over whole texts.
         dense_until: with ``mask``, positions before it are computed in full, as those of a prompt.
+
+    ``side`` (None at first: no side stream) and ``lookahead`` say where and when predictors run.
     """
 
     def __init__(
@@ -201,29 +272,89 @@ class Policy(Selector):
         for unit in [*units, *(u.refine for u in units if u.refine is not None)]:
             if unit.tap is not None:
                 self._by_tap.setdefault(unit.tap, []).append(unit)
+        self.side: SideStream | None = None
+        self.lookahead: Lookahead = "tap"
         self._scores: dict[int, Tensor] = {}
-        self._sets: dict[int, Chosen] = {}  # those that the kernels have found already
+        self._waiting: list[tuple[Unit, Tensor]] = []  # for a collective to start beside
+        self._found: dict[int, _Found] = {}
+        self._buffers: dict[int, SetBuffers] = {}
         self._positions = torch.empty(0)
         self._alive: Tensor | None = None
-        self._chosen: dict[tuple[Kind, int], tuple[Tensor | float, Tensor | int]] = {}  # shares, rows
+        self._tallies: dict[tuple[Kind, int], Tensor] = {}  # shares chosen, rows; added to in place
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """Not where sets are found in plain torch, which may ask the host how many there are."""
+        return all(self._in_one_go(unit) or self._is_lossless(unit) for unit in self.units.values())
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
         self._positions, self._alive = positions, alive
         self._scores.clear()
-        self._sets.clear()
+        self._waiting.clear()
+        self._found.clear()
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
         units = self._by_tap.get(tap, ())
-        z = None if all(map(self._in_one_go, units)) else standardise(residual)
-        for unit in units:
-            with nvtx_range(unit.predict_name, "predict"):
-                if self._in_one_go(unit):
-                    assert isinstance(unit.scorer, PackedLowRank) and residual.shape[1] == 1
-                    union = unit.kind == "mlp" and self.sharing == "union"
-                    found = unit.scorer.active_set(residual[:, 0], self._alive, union=union)
-                    self._sets[id(unit)] = Chosen(*found, unit.mean)
-                else:
+        if slow := [unit for unit in units if not self._in_one_go(unit)]:
+            z = standardise(residual)
+            for unit in slow:
+                with nvtx_range(unit.predict_name, "predict"):
                     self._scores[id(unit)] = unit.scorer(z)
+        self._waiting += [(unit, residual) for unit in units if self._in_one_go(unit)]
+        if self.side is None or self.lookahead != "collective":
+            self._start()
+
+    def before_collective(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        """Launches the predictors whose taps have been passed."""
+        if not self._waiting:
+            return
+        side = None if self.lookahead == "inline" else self.side
+        with nullcontext() if side is None else side.beside():
+            for unit, residual in self._waiting:
+                self._predict(unit, residual, side)
+        self._waiting.clear()
+
+    def _predict(self, unit: Unit, residual: Tensor, side: SideStream | None) -> None:
+        assert isinstance(unit.scorer, PackedLowRank) and residual.shape[1] == 1
+        out = self.buffers(len(residual)).of(unit, union=self._shared(unit))
+        with nvtx_range(unit.predict_name, "predict"):
+            unit.scorer.active_set(
+                residual[:, 0],
+                self._alive,
+                union=self._shared(unit),
+                beside=side is not None,
+                out=out,
+            )
+        ready = None if side is None else side.mark()
+        self._found[id(unit)] = _Found(Chosen(*out, unit.mean), ready, residual)
+
+    def buffers(self, batch: int) -> SetBuffers:
+        """Where the sets that the kernels find for ``batch`` sequences lie, at every step."""
+        if batch not in self._buffers:
+            units = [unit for unit in self.units.values() if self._in_one_go(unit)]
+            sizes = {
+                id(unit): (1 if self._shared(unit) else batch, unit.scorer.bias.numel())  # type: ignore[operator]
+                for unit in units
+            }
+            self._buffers[batch] = SetBuffers(sizes, units[0].scorer.bias.device)  # type: ignore[arg-type]
+        return self._buffers[batch]
+
+    def given(self, batch: int) -> "Fixed":
+        """The sets that lie in `buffers`, with nothing predicted."""
+        sets = [ActiveSet() for _ in range(self.num_layers)]
+        for (kind, layer), unit in self.units.items():
+            chosen = Chosen(*self.buffers(batch).of(unit, union=self._shared(unit)), unit.mean)
+            sets[layer] = replace(sets[layer], **{"neurons" if kind == "mlp" else "heads": chosen})
+        return Fixed(sets)
+
+    def _is_lossless(self, unit: Unit) -> bool:
+        return unit.live_tally is not None and self.sharing == "union"
+
+    def _shared(self, unit: Unit) -> bool:
+        return unit.kind == "mlp" and self.sharing == "union"
 
     def _in_one_go(self, unit: Unit) -> bool:
         """Whether the kernels find a unit's set at its tap, without scores that anyone sees."""
@@ -245,29 +376,44 @@ class Policy(Selector):
         read = (unit.scorer for unit in units if not unit.sees_truth)
         return sum(t.nbytes for scorer in read for t in (*scorer.parameters(), *scorer.buffers()))
 
+    @torch.inference_mode()
     def density(self, kind: Kind) -> Tensor:
         """The share of this rank's neurons or heads that was chosen since the last call: fp32[1], the mean
         over tokens and layers; 1 in layers without a unit."""
-        for key, unit in self.units.items():
-            if key[0] == kind and self._in_one_go(unit):
+        total = float(self.num_layers)
+        for (k, layer), unit in self.units.items():
+            if k != kind:
+                continue
+            if self._in_one_go(unit):
                 assert isinstance(unit.scorer, PackedLowRank)
-                chosen, sets = unit.scorer.tally.tolist()
-                self._chosen[key] = (chosen / unit.scorer.bias.numel(), sets)
-                unit.scorer.tally.zero_()
-        shares = [
-            torch.as_tensor(t) / torch.as_tensor(n).clamp(min=1)
-            for (k, _), (t, n) in self._chosen.items()
-            if k == kind
-        ]
-        self._chosen = {key: value for key, value in self._chosen.items() if key[0] != kind}
-        return (sum(shares, torch.tensor(float(self.num_layers - len(shares)))) / self.num_layers).reshape(1)
+                tally, n = unit.scorer.tally, unit.scorer.bias.numel()
+            elif self._is_lossless(unit):
+                assert isinstance(unit.scorer, NeuronContribution) and unit.live_tally is not None
+                tally, n = unit.live_tally, unit.scorer.norms.numel()
+            elif (k, layer) in self._tallies:
+                tally, n = self._tallies.pop((k, layer)), 1
+                tally[1].clamp_(min=1)  # nobody alive: nothing chosen
+            else:
+                continue
+            chosen, sets = tally.tolist()
+            total += chosen / n / sets - 1 if sets else 0
+            tally.zero_()
+        return torch.tensor([total / self.num_layers])
 
     def _choose(self, kind: Kind, layer: int, truth: Truth) -> Choice:
         unit = self.units.get((kind, layer))
         if unit is None:
             return None
-        if id(unit) in self._sets:
-            return self._sets.pop(id(unit))
+        if self._in_one_go(unit):
+            self._start()  # if no collective has come since its tap
+            chosen, ready, _ = self._found.pop(id(unit))
+            if ready is not None:
+                assert self.side is not None
+                self.side.join(ready)
+            return chosen
+        if self._is_lossless(unit):
+            assert unit.live_tally is not None
+            return Live(unit.live_tally, self._alive)
         with nvtx_range(unit.select_name, "select"):
             mask = self._mask(unit, truth)
             if self.sharing == "mask":
@@ -304,6 +450,9 @@ class Policy(Selector):
         rows: Tensor | int = mask[..., 0].numel()
         if mask.dim() > 1 and self._alive is not None:
             rows = self._alive.sum()
-        total, n = self._chosen.get((unit.kind, unit.layer), (0, 0))
-        chosen = mask.sum() / mask.shape[-1]
-        self._chosen[unit.kind, unit.layer] = total + chosen, n + rows
+        key = unit.kind, unit.layer
+        if key not in self._tallies:
+            self._tallies[key] = torch.zeros(2, dtype=torch.float64, device=mask.device)
+        tally = self._tallies[key]
+        tally[0] += mask.sum() / mask.shape[-1]
+        tally[1] += rows

@@ -4,6 +4,7 @@ Shape legend: L layers, B batch, S query length, T cache length, N local heads, 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ class KVCache:
             filled_to=None if lazy is None else torch.zeros(L, B, N, dtype=torch.int64, device=device),
         )
 
+    def first(self, n: int) -> "KVCache":
+        """The view of the first ``n`` sequences."""
+        lazy = (None if t is None else t[:, :n] for t in (self.inputs, self.filled_to))
+        return KVCache(self.keys[:, :n], self.values[:, :n], self.lengths[:n], *lazy)
+
     def layer(self, i: int) -> "LayerKV":
         """The view ``[B, N, T, H]`` of layer ``i``."""
         if self.inputs is None or self.filled_to is None:
@@ -74,28 +80,34 @@ class KVCache:
         """The next ``num_queries`` positions of every sequence, which see all that came before them."""
         device = self.lengths.device
         positions = self.lengths[:, None] + torch.arange(num_queries, device=device)
-        slots = torch.arange(self.keys.shape[3], device=device)
-        return Step(
-            positions,
-            sequences=torch.arange(len(positions), device=device)[:, None],
-            mask=slots <= positions[:, None, :, None],
-            alive=alive,
-        )
+        return Step(positions, slots=self.keys.shape[3], alive=alive)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """Where the queries of one forward pass stand; made once, read by every layer.
 
-    ``positions [B, S]``; ``sequences [B, 1]``, their numbers; ``mask [B, 1, S, T]``, True where a query sees
-    a slot; ``alive [B]``, 0 for finished sequences. Without a mask the cache is empty and the queries see
-    each other causally: a shorter prompt's padding comes after it, so that nothing of it is ever seen.
+    ``positions [B, S]``; ``slots`` of the cache, whose earlier ones the queries see; ``alive [B]``, 0 for
+    finished sequences. Without slots the cache is empty and the queries see each other causally: a shorter
+    prompt's padding comes after it, so that nothing of it is ever seen.
     """
 
     positions: Tensor
-    sequences: Tensor | None = None
-    mask: Tensor | None = None
+    slots: int | None = None
     alive: Tensor | None = None
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """Their numbers ``[B, 1]``."""
+        return torch.arange(len(self.positions), device=self.positions.device)[:, None]
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """``[B, 1, S, T]``, True where a query sees a slot. The kernels do without."""
+        if self.slots is None:
+            return None
+        slots = torch.arange(self.slots, device=self.positions.device)
+        return slots <= self.positions[:, None, :, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +122,7 @@ class LayerKV:
 
     def write(self, k: Tensor, v: Tensor, step: Step) -> None:
         """Puts ``k`` and ``v [B, S, N, H]`` into the slots of ``step``."""
-        if step.mask is None:
+        if step.slots is None:
             S = k.shape[1]
             self.keys[:, :, :S] = k.transpose(1, 2)
             self.values[:, :, :S] = v.transpose(1, 2)

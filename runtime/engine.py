@@ -8,14 +8,18 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
-from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Policy, Selector
+from dejavu.parallel.overlap import SideStream
+from dejavu.parallel.routes import reserve
+from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Lookahead, Policy, Selector
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import KVCache
 from dejavu.runtime.config import parse_dtype
+from dejavu.runtime.graphs import MAX_BATCH, StepGraph, TokenMail, bucket
 from dejavu.runtime.loading import OnLoad, load_model
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.request import Request, Result
@@ -84,15 +88,22 @@ class Drift:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodeState:
-    """All that one decode step reads and writes, on the device: ``tokens [B]``, the newest of each sequence,
-    and ``alive [B]``, 1 until a sequence is finished."""
+    """All that one decode step reads and writes, on the device.
+
+    ``tokens [B]``, the newest of each sequence; ``alive [B]``, 1 until a sequence is finished; ``left [B]``,
+    how many tokens it may still draw; ``last [B]``, the token that ends it (`NO_TOKEN`: none does). With
+    ``graph`` a step is its replay.
+    """
 
     tokens: Tensor
     alive: Tensor
+    left: Tensor
+    last: Tensor
     cache: KVCache
     sampler: Sampler
+    graph: StepGraph | None = None
 
 
 class Engine:
@@ -106,6 +117,9 @@ class Engine:
         policy: what decode steps compute; None: everything. Prefill is always dense.
         fill_kv: ``lazy``: keys and values of a head are computed when it is next chosen; ``always``: those
             of all heads at every step.
+        cuda_graph: on CUDA, whether a decode step is recorded once and replayed, or launched piece by piece
+            (then with all NVTX ranges). Policies that score in plain torch are always launched.
+        lookahead: on CUDA, when predictors run: see `dejavu.predictors.selection.Lookahead`.
     """
 
     def __init__(
@@ -117,6 +131,9 @@ class Engine:
         policy: Policy | None = None,
         fill_kv: FillKV = "lazy",
         name: str = "",
+        *,
+        cuda_graph: bool = True,
+        lookahead: Lookahead = "tap",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -126,7 +143,15 @@ class Engine:
         if fill_kv not in get_args(FillKV):
             raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {' or '.join(get_args(FillKV))}")
         self.fill_kv: FillKV = fill_kv
+        if lookahead not in get_args(Lookahead):
+            raise ValueError(f"lookahead={lookahead!r} is unknown: use {', '.join(get_args(Lookahead))}")
+        self.lookahead: Lookahead = lookahead
         self.name = name
+        on_cuda = tp.device.type == "cuda"
+        self._graphs = on_cuda and cuda_graph
+        self._side = SideStream(tp.device) if on_cuda else None
+        self._states: dict[tuple[int, bool, int], DecodeState] = {}  # by batch, greedy, policy
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @classmethod
@@ -140,6 +165,9 @@ class Engine:
         sparsity: str = DENSE,
         density: float | None = None,
         fill_kv: FillKV = "lazy",
+        cuda_graph: bool = True,
+        lookahead: Lookahead = "tap",
+        all_reduce: str = "auto",
         on_load: OnLoad | None = None,
     ) -> "Engine":
         """Loads this rank's slices of a model.
@@ -150,7 +178,8 @@ class Engine:
             dtype: ``fp16``, ``bf16``, ``fp32``; ``auto`` is the checkpoint's on CUDA and fp32 on the CPU.
             device: ``auto``, ``cpu`` or ``cuda``; goes unused if ``tp`` is given.
             sparsity, density: see `load_policy`.
-            fill_kv: see `Engine`.
+            fill_kv, cuda_graph, lookahead: see `Engine`.
+            all_reduce: how sums travel between GPUs: see `reserve`.
             on_load: called with (bytes that have come in, bytes of this rank's share), in ``dtype``.
 
         Raises:
@@ -161,8 +190,19 @@ class Engine:
         if tp is None:
             tp = init_tp(pick_device(device))
         network, tokenizer, fingerprint = tp.agree(partial(load_model, model, tp, wanted, on_load))
+        reserve(tp, network.dtype, all_reduce)
         policy = tp.agree(lambda: load_policy(sparsity, network, fingerprint, density=density))
-        return cls(network, tokenizer, tp, fingerprint, policy, fill_kv, find_model(model).name)
+        return cls(
+            network,
+            tokenizer,
+            tp,
+            fingerprint,
+            policy,
+            fill_kv,
+            find_model(model).name,
+            cuda_graph=cuda_graph,
+            lookahead=lookahead,
+        )
 
     def generate(
         self,
@@ -188,8 +228,8 @@ class Engine:
                 no finite numbers.
         """
         requests = self._requests(prompts, params)
-        if max_batch < 1:
-            raise ValueError(f"max_batch={max_batch} is less than 1")
+        if not 1 <= max_batch <= MAX_BATCH:
+            raise ValueError(f"max_batch={max_batch} is not from 1 to {MAX_BATCH}")
         if verify_every < 0 or (verify_every and self.policy is None):
             raise ValueError(
                 f"verify_every={verify_every}: expected 0 or more, and a sparse policy to verify"
@@ -204,24 +244,95 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> DecodeState:
-        """Runs the prompts' token ids through the model and samples the first token of each."""
-        device = self.tp.device
-        lengths = torch.tensor([len(ids) for ids in prompts])
+        """Runs the prompts' token ids through the model and samples the first token of each.
+
+        With CUDA graphs the state is good until the next call, and has places for more sequences (finished
+        ones) where their number is no power of 2.
+        """
         capacity = max(len(ids) + p.max_new_tokens for ids, p in zip(prompts, params, strict=True))
-        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        state = self.reserve(len(prompts), capacity, greedy=all(p.temperature == 0 for p in params))
+        self._prefill(state, prompts, params)
+        return state
+
+    @torch.inference_mode()
+    def reserve(self, batch: int, capacity: int, *, greedy: bool) -> DecodeState:
+        """A state for ``batch`` sequences of at most ``capacity`` tokens; with CUDA graphs one that was used
+        before, or the step is recorded now.
+
+        Raises:
+            ValueError: the GPU has no memory for it.
+        """
+        if not self._graphs or not (self.policy or EVERYTHING).capturable:
+            return self._new_state(batch, capacity, greedy)
+        key = bucket(batch), greedy, id(self.policy)
+        state = self._states.get(key)
+        if state is None or state.cache.keys.shape[3] < capacity:
+            self._states.pop(key, None)
+            capacity = min(bucket(max(capacity, 128)), self.model.config.max_position_embeddings)
+            state = self._room_for(key[0], capacity, greedy)
+            state.graph = self.graph(state)
+            self._states[key] = state
+        return state
+
+    @torch.inference_mode()
+    def graph(self, state: DecodeState, selector: Selector | None = None) -> StepGraph:
+        """The step of ``state`` with the policy, or with ``selector``, recorded; ends its sequences."""
+        state.alive.zero_()  # nothing advances while the step is recorded
+        graph = StepGraph(partial(self._advance, state, selector), self.tp.device, self._pool)
+        self.density()  # what was chosen meanwhile does not count
+        return graph
+
+    def _room_for(self, batch: int, capacity: int, greedy: bool) -> DecodeState:
+        try:
+            return self._new_state(batch, capacity, greedy)
+        except torch.OutOfMemoryError:
+            self._states.clear()  # those of other batches may go
+            torch.cuda.empty_cache()
+        try:
+            return self._new_state(batch, capacity, greedy)
+        except torch.OutOfMemoryError:
+            free = torch.cuda.mem_get_info(self.tp.device)[0] / 2**30
+            raise ValueError(
+                f"the GPU has {free:.1f} GiB left, too little for keys and values of {batch} sequences of "
+                f"{capacity} tokens: lower --max-batch or --max-new-tokens, or use more ranks"
+            ) from None
+
+    def _new_state(self, batch: int, capacity: int, greedy: bool) -> DecodeState:
+        lazy = self.fill_kv == "lazy" and self.policy is not None and self.policy.chooses("heads")
+        tokens, alive, left, last = torch.zeros(4, batch, dtype=torch.int64, device=self.tp.device)
+        return DecodeState(
+            tokens,
+            alive,
+            left,
+            last,
+            cache=self.model.empty_cache(batch, capacity, lazy=lazy),
+            sampler=Sampler.empty(batch, capacity, self.tp.device, greedy=greedy),
+        )
+
+    def _prefill(
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> None:
+        device, n = self.tp.device, len(prompts)
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        padded = torch.zeros(n, int(lengths.max()), dtype=torch.int64)
         for row, ids in zip(padded, prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         token_ids, lengths = padded.to(device), lengths.to(device)
-        lazy = self.fill_kv == "lazy" and self.policy is not None and self.policy.chooses("heads")
-        cache = self.model.empty_cache(len(prompts), capacity, lazy=lazy)
-        sampler = Sampler.create(params, device)
+        eos = self.model.config.eos_token_id
+        for place in (state.tokens, state.alive, state.left, state.cache.lengths):
+            place.zero_()
+        state.alive[:n] = 1
+        state.left[:n] = torch.tensor([p.max_new_tokens for p in params])
+        state.last[:n] = torch.tensor([NO_TOKEN if p.ignore_eos else eos for p in params])
+        state.sampler.begin(params)
         with nvtx_range("prefill"):
+            cache = state.cache.first(n)
             step = cache.prompt(token_ids.shape[1])
             x = self.model(self.model.embed(token_ids, step.positions), cache, step)
-            last = x[torch.arange(len(prompts), device=device), lengths - 1]
+            last = x[torch.arange(n, device=device), lengths - 1]
             cache.begin(lengths)
-            tokens = self._draw(self.model.logits(last), sampler)
-        return DecodeState(tokens=tokens, alive=torch.ones_like(tokens), cache=cache, sampler=sampler)
+            logits = self.model.logits(last)
+            self._draw(state, F.pad(logits, (0, 0, 0, len(state.tokens) - n)))
 
     @torch.inference_mode()
     def decode_step(self, state: DecodeState) -> Tensor:
@@ -230,9 +341,12 @@ class Engine:
         A finished sequence does not advance: what it computes is overwritten by what it computes next.
         """
         with nvtx_range("decode"):
-            logits = self._step(state, self.policy or EVERYTHING)
-            state.cache.lengths.add_(state.alive)
-            state.tokens.copy_(self._draw(logits, state.sampler))
+            return self._advance(state) if state.graph is None else state.graph.replay()
+
+    def _advance(self, state: DecodeState, selector: Selector | None = None) -> Tensor:
+        logits = self._step(state, selector or self.policy or EVERYTHING)
+        state.cache.lengths.add_(state.alive)
+        self._draw(state, logits)
         return logits
 
     @torch.inference_mode()
@@ -244,14 +358,19 @@ class Engine:
         return logits
 
     def _step(self, state: DecodeState, selector: Selector) -> Tensor:
+        if self.policy is not None:
+            self.policy.side, self.policy.lookahead = self._side, self.lookahead
         step = state.cache.step(1, state.alive)
-        x = self.model(self.model.embed(state.tokens[:, None], step.positions), state.cache, step, selector)
+        tokens = state.tokens.clamp(min=0)[:, None]  # the host has not seen a NO_TOKEN yet
+        x = self.model(self.model.embed(tokens, step.positions), state.cache, step, selector)
         return self.model.logits(x[:, -1])
 
-    def _draw(self, logits: Tensor, sampler: Sampler) -> Tensor:
-        """Logits ``[B, V]`` to the next tokens ``[B]``."""
+    def _draw(self, state: DecodeState, logits: Tensor) -> None:
+        """Logits ``[B, V]`` to the next tokens, and which sequences that finishes."""
         with nvtx_range("sample"):
-            return sampler(logits)
+            state.tokens.copy_(state.sampler(logits))
+            state.left.sub_(state.alive)
+            state.alive.mul_((state.left > 0) & (state.tokens != state.last))
 
     def _requests(
         self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams]
@@ -306,40 +425,53 @@ class Engine:
         verify_every: int,
         drift: Drift,
     ) -> None:
-        """Prefills and decodes one batch to its last sequence's end; appends ms to ``ttft`` and ``steps``."""
+        """Prefills and decodes one batch to its last sequence's end; appends ms to ``ttft`` and ``steps``.
+
+        The host reads a step's tokens while the next step runs. The device ends a sequence by itself at its
+        end of text or last token; where a stop string ends it, one step more is computed and not looked at.
+        """
+        params = [r.params for r in batch]
+        capacity = max(len(r.prompt_ids) + r.params.max_new_tokens for r in batch)
+        state = self.reserve(len(batch), capacity, greedy=all(p.temperature == 0 for p in params))
         clock = time.perf_counter()
-        state = self.prefill([r.prompt_ids for r in batch], [r.params for r in batch])
-        times = ttft
-        while True:
-            tokens = state.tokens.tolist()  # the one wait of a step
-            if NO_TOKEN in tokens:
-                raise ValueError(
-                    f"the logits are no finite numbers: damaged weights, or too large for {self.dtype}"
-                )
+        self._prefill(state, [r.prompt_ids for r in batch], params)
+        mail = TokenMail(state.tokens)
+        mail.send()
+        times, launched, longest = ttft, 0, max(p.max_new_tokens for p in params)
+        for i in range(longest):
+            while launched < min(i + mail.ahead, longest - 1):
+                if verify_every and launched % verify_every == 0:
+                    dense, alive = self.dense_step(state), state.alive.clone()
+                    drift.add(self.decode_step(state), dense, alive)
+                else:
+                    self.decode_step(state)
+                mail.send()
+                launched += 1
+            tokens = mail.receive()
             now = time.perf_counter()
             times.append(1e3 * (now - clock))
             clock, times = now, steps  # what the host does with a token is part of the next one's time
-            for i, (request, token) in enumerate(zip(batch, tokens, strict=True)):
-                if request.finish_reason is None:
-                    text = request.push(token, self.model.config.eos_token_id)
-                    if on_text is not None and text:
-                        on_text(request.index, text)
-                    if request.finish_reason is not None:
-                        state.alive[i] = 0
+            for place, (request, token) in enumerate(zip(batch, tokens, strict=False)):
+                if request.finish_reason is not None:
+                    continue
+                if token == NO_TOKEN:
+                    raise ValueError(
+                        f"the logits are no finite numbers: damaged weights, or too large for {self.dtype}"
+                    )
+                text = request.push(token, self.model.config.eos_token_id)
+                if on_text is not None and text:
+                    on_text(request.index, text)
+                if request.finish_reason is not None:
+                    state.alive[place] = 0
             if all(request.finish_reason is not None for request in batch):
                 return
-            if verify_every and len(steps) % verify_every == 0:
-                dense = self.dense_step(state)
-                drift.add(self.decode_step(state), dense, state.alive)
-            else:
-                self.decode_step(state)
 
     def _generation(
         self, requests: Sequence[Request], ttft: list[float], steps: list[float], drift: Drift
     ) -> Generation:
         mean = float(np.mean(steps)) if steps else None
-        density = self._density()
-        weight_bytes = self._weight_bytes(density)
+        density = self.density()
+        weight_bytes = self.weight_bytes(density)
         device = self.tp.device
         return Generation(
             results=[request.result() for request in requests],
@@ -367,20 +499,23 @@ class Engine:
         local = policy.density(kind).to(self.tp.device)
         return float(all_reduce(local, self.tp)) / self.tp.size
 
-    def _density(self) -> dict[str, float]:
+    def density(self) -> dict[str, float]:
+        """The share of neurons and heads computed since the last call, the mean over steps, layers, ranks."""
         if self.policy is None:
             return {"mlp": 1.0, "heads": 1.0}
         return {kind: self.mean_density(self.policy, kind) for kind in KINDS}
 
-    def _weight_bytes(self, density: dict[str, float]) -> int:
+    def weight_bytes(self, density: dict[str, float]) -> int:
         """Bytes of weights that a decode step reads on this rank, with those of choosing."""
         if self.policy is None:
             return self.model.decode_bytes()
         attention = sum(layer.self_attn.decode_bytes() for layer in self.model.layers)
         mlp = sum(layer.mlp.decode_bytes() for layer in self.model.layers)
         skipped = attention * (1 - density["heads"]) + mlp * (1 - density["mlp"])
+        # what sees the truth reads all of fc1; what is live then costs its row of fc2 alone
         truth = sum(
             self.model.layers[layer].mlp.fc1.weight.data.nbytes
+            * (1 if unit.live_tally is None else 1 - density["mlp"])
             for (kind, layer), unit in self.policy.units.items()
             if unit.sees_truth and kind == "mlp"
         )

@@ -28,8 +28,9 @@ def load_model(
     dtype = dtype or (torch.float32 if tp.device.type == "cpu" else config.dtype)
     with torch.device("meta"):
         network = OPTModel(config, tp=tp, dtype=dtype)
-    tokenizer = _load_tokenizer(directory)
     total = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    check_memory(total, tp, directory.name)
+    tokenizer = _load_tokenizer(directory)
     done = 0
 
     def on_read(numel: int) -> None:
@@ -43,6 +44,24 @@ def load_model(
         network.to_empty(device=tp.device)
         network.load(checkpoint)
     return network, tokenizer, fingerprint(config, Checkpoint(directory))
+
+
+def check_memory(nbytes: int, tp: TPGroup, what: str) -> None:
+    """Whether this rank's GPU has room for so many bytes of weights.
+
+    Raises:
+        ValueError: it has not; the message says what is needed, what is free and what would help.
+    """
+    if tp.device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(tp.device)
+    if nbytes > free:
+        needed = -(-nbytes * tp.size // max(free, 1))
+        raise ValueError(
+            f"{what} needs {nbytes / 2**30:.1f} GiB of weights on each of {tp.size} GPU(s), and "
+            f"{torch.cuda.get_device_name(tp.device)} has {free / 2**30:.1f} GiB free: use at least {needed} "
+            "GPUs, or a smaller model"
+        )
 
 
 def _load_tokenizer(directory: Path) -> Any:

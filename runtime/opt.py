@@ -25,7 +25,7 @@ from dejavu.parallel.layers import (
     TensorReader,
     VocabParallelEmbedding,
 )
-from dejavu.predictors.selection import EVERYTHING, Choice, Chosen, Selector, Tap
+from dejavu.predictors.selection import EVERYTHING, Choice, Chosen, Live, Masked, Selector, Tap
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import WINDOW, KVCache, LayerKV, Step
 from dejavu.runtime.config import OPTConfig
@@ -46,26 +46,27 @@ class Attention(nn.Module):
         self, x: Tensor, kv: LayerKV, step: Step, heads: Choice = None, out: Tensor | None = None
     ) -> Tensor:
         """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``; appends to ``kv``."""
-        if isinstance(heads, Chosen) or (heads is None and step.mask is not None and one_query_on_cuda(x)):
+        if isinstance(heads, Chosen) or (heads is None and step.slots is not None and one_query_on_cuda(x)):
             return self._decode(x, kv, step, heads, out)
         y = self.head_outputs(x, kv, step)
         if heads is not None:
+            assert isinstance(heads, Masked)
             y = heads.apply(y)
         partial: Tensor = self.out_proj(y.flatten(-2), out=out)
         return partial
 
     def head_outputs(self, x: Tensor, kv: LayerKV, step: Step) -> Tensor:
         """``x [B, S, D]`` to the output of every head ``[B, S, N, H]``, before out_proj."""
-        if kv.filled_to is not None and step.mask is not None:
+        if kv.filled_to is not None and step.slots is not None:
             self._complete(kv, step.positions[:, 0] - 1)
         q, k, v = self.qkv_proj(x)
         kv.write(k, v, step)
-        if step.mask is None:
+        if step.slots is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
             k, v = kv.keys, kv.values
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=step.mask, is_causal=step.mask is None
+            q.transpose(1, 2), k, v, attn_mask=step.mask, is_causal=step.slots is None
         )
         return y.transpose(1, 2)
 
@@ -75,7 +76,7 @@ class Attention(nn.Module):
 
     def _decode(self, x: Tensor, kv: LayerKV, step: Step, heads: Chosen | None, out: Tensor | None) -> Tensor:
         """A decode step of the chosen heads (None: of all); what they lack of ``kv`` is filled in first."""
-        assert step.mask is not None and x.shape[1] == 1, (
+        assert step.slots is not None and x.shape[1] == 1, (
             "heads are chosen when decoding, one query at a time"
         )
         qkv, out_proj = self.qkv_proj.weight, self.out_proj.weight
@@ -136,12 +137,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, neurons: Choice = None, out: Tensor | None = None) -> Tensor:
         """``x [B, S, D]`` to this rank's share of the output ``[B, S, D]``."""
         fc1, fc2 = self.fc1, self.fc2
-        if isinstance(neurons, Chosen) or (neurons is None and one_query_on_cuda(x) and len(x) == 1):
-            ids, count = (None, None) if neurons is None else (neurons.ids, neurons.count)
+        by_kernels = neurons is None and one_query_on_cuda(x) and len(x) == 1
+        if by_kernels or isinstance(neurons, Chosen | Live):
+            ids, count = (neurons.ids, neurons.count) if isinstance(neurons, Chosen) else (None, None)
+            tally, alive = neurons if isinstance(neurons, Live) else (None, None)
             weights = (fc1.weight.data, fc1.weight.scale, fc1.bias, fc2.weight.data, fc2.weight.scale)
-            return sparse_mlp(x, *weights, ids, count, out)
+            return sparse_mlp(x, *weights, ids, count, out, tally, alive)
         hidden = self.hidden(x)
         if neurons is not None:
+            assert isinstance(neurons, Masked)
             hidden = neurons.apply(hidden)
         partial: Tensor = fc2(hidden, out=out)
         return partial
@@ -187,11 +191,13 @@ class DecoderLayer(nn.Module):
             selector.observe(self.attn_in, residual)
             heads = selector.heads(self.index, lambda: self.self_attn.head_outputs(x, kv, step))
             partial = self.self_attn(x, kv, step, heads, out)
+            selector.before_collective()
             residual, mlp_x = self.boundary(partial, residual, self.self_attn.out_proj.bias, mlp_norm)
         with nvtx_range(self.mlp_name):
             selector.observe(self.mlp_in, residual)
             neurons = selector.neurons(self.index, lambda: self.mlp.hidden(mlp_x))
             partial = self.mlp(mlp_x, neurons, out)
+            selector.before_collective()
             return self.boundary(partial, residual, self.mlp.fc2.bias, next_norm)
 
     def boundary(
@@ -216,14 +222,14 @@ class OPTModel(nn.Module):
     ``num_layers``; what a stage does not need it does not hold.
 
     Raises:
-        ValueError: ``tp.size`` ranks cannot share this model.
+        ValueError: the model cannot be cut into ``tp.shares``.
     """
 
     def __init__(
         self, config: OPTConfig, *, tp: TPGroup, dtype: torch.dtype, layers: range | None = None
     ) -> None:
         super().__init__()
-        config.check_tp(tp.size)
+        config.check_tp(tp.shares)
         self.config = config
         self.tp = tp
         self.dtype = dtype

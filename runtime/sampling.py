@@ -69,34 +69,44 @@ class Sampler:
     greedy: bool
 
     @classmethod
-    def create(cls, params: Sequence[SamplingParams], device: torch.device) -> "Sampler":
-        """The sampler of a batch of requests."""
-        steps = max(p.max_new_tokens for p in params)
-        streams = [
-            torch.rand(steps, generator=torch.Generator().manual_seed(p.seed), dtype=torch.float64)
-            for p in params
-        ]
+    def empty(cls, batch: int, steps: int, device: torch.device, *, greedy: bool) -> "Sampler":
+        """A sampler for ``batch`` requests of at most ``steps`` tokens, all greedy."""
         return cls(
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            top_k=torch.tensor([p.top_k for p in params], device=device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            uniforms=torch.stack(streams, dim=1).to(device),
+            temperature=torch.zeros(batch, dtype=torch.float32, device=device),
+            top_k=torch.zeros(batch, dtype=torch.int64, device=device),
+            top_p=torch.ones(batch, dtype=torch.float32, device=device),
+            uniforms=torch.zeros(0 if greedy else steps, batch, dtype=torch.float64, device=device),
             step=torch.zeros(1, dtype=torch.int64, device=device),
-            greedy=all(p.temperature == 0 for p in params),
+            greedy=greedy,
         )
+
+    def begin(self, params: Sequence[SamplingParams]) -> None:
+        """Takes new requests, as many as there are places or fewer."""
+        n = len(params)
+        self.step.zero_()
+        if self.greedy:
+            return
+        self.temperature[:n] = torch.tensor([p.temperature for p in params])
+        self.top_k[:n] = torch.tensor([p.top_k for p in params])
+        self.top_p[:n] = torch.tensor([p.top_p for p in params])
+        for i, p in enumerate(params):
+            generator = torch.Generator().manual_seed(p.seed)
+            self.uniforms[: p.max_new_tokens, i] = torch.rand(
+                p.max_new_tokens, generator=generator, dtype=torch.float64
+            ).to(self.uniforms.device)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """``logits [B, V]`` (fp32) to token ids ``[B]``; uses up one draw of every sequence's stream.
 
         A row that has no finite maximum becomes `NO_TOKEN`: the host will see it, and need not be asked here.
         """
-        tokens = logits.argmax(-1)
+        top, tokens = logits.max(-1)
         if not self.greedy:
             uniform = self.uniforms.index_select(0, self.step)[0]
             drawn = sample(logits, self.temperature, self.top_k, self.top_p, uniform)
             tokens = torch.where(self.temperature == 0, tokens, drawn)
         self.step.add_(1)
-        return tokens.where(logits.amax(-1).isfinite(), NO_TOKEN)
+        return tokens.where(top.isfinite(), NO_TOKEN)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def load_policy(
     if spec in (DENSE, LOSSLESS):
         if density is not None:
             raise ValueError(f"density={density} belongs to predictors; {spec} has none")
-        return None if spec == DENSE else _lossless(model, sharing, dense_until)
+        return None if spec == DENSE else lossless(model, sharing, dense_until)
     directory = find_predictors(spec)
     manifest = read_manifest(directory)
     check_model(manifest, model, fingerprint, directory)
@@ -196,7 +196,7 @@ def _density(point: OperatingPoint, kind: Kind) -> float:
     return point.mlp_density if kind == "mlp" else point.head_density
 
 
-def _lossless(model: OPTModel, sharing: Sharing, dense_until: int) -> Policy:
+def lossless(model: OPTModel, sharing: Sharing = "union", dense_until: int = 0) -> Policy:
     """The oracle at threshold 0: a neuron that is not live adds nothing, so nothing is lost."""
     units = [
         Unit("mlp", layer, None, contribution(model, "mlp", layer), sees_truth=True)

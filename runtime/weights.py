@@ -113,6 +113,16 @@ class Checkpoint:
             self._on_read(part.numel())
         return part
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._where.values()))
+
+    def contents(self, path: Path) -> dict[str, Tensor]:
+        """All tensors of one of the ``files``, by the names that they have there; mapped, as of `read`."""
+        stored = self._open(path)
+        return {name: stored[name][:] for name, file in self._where.items() if file == path}
+
     def _locate(self) -> dict[str, Path]:
         """Which file holds each tensor."""
         for name in _FORMATS:

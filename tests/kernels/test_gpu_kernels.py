@@ -166,7 +166,7 @@ def learned(engine):
 @pytest.fixture
 def sparse_run():
     """An engine with predictors, in the middle of a generation."""
-    engine = Engine.from_pretrained("demo", device="cuda")
+    engine = Engine.from_pretrained("demo", device="cuda", cuda_graph=False)
     engine.policy = learned(engine)
     params = SamplingParams(max_new_tokens=100, ignore_eos=True)
     state = engine.prefill([engine.tokenize("The old man looked at the sea", params)], [params])
@@ -191,6 +191,7 @@ def test_launches_of_a_layer(sparse_run, record_property):
     """At most 7 on the main stream besides collectives, at most 3 a predictor, in the captured graph."""
     engine, state = sparse_run
     layer, policy = engine.model.layers[3], engine.policy
+    policy.side = None
     residual = torch.randn(1, 1, 256, device=CUDA, dtype=torch.float16)
     x = torch.randn_like(residual)
     step, kv = state.cache.step(1, state.alive), state.cache.layer(3)

@@ -82,7 +82,7 @@ def check_mlp(batch, D, F, mask, dtype, *, with_bias=True, seed=0):
     results = []
     for _ in range(2):
         out = torch.full_like(x, torch.nan)
-        _sparse_mlp(x, fc1, fc1_scale, bias, fc2, fc2_scale, ids, count, out)
+        _sparse_mlp(x, fc1, fc1_scale, bias, fc2, fc2_scale, ids, count, out, None, None)
         results.append(out)
     assert_near(results[0], expected, wide)
     assert torch.equal(*results)
@@ -124,7 +124,7 @@ def test_sparse_mlp_of_any_shape_and_count(batch, D, F, share, dtype, seed):
 def test_a_nan_is_not_silenced():
     x, w = torch.full((1, 1, 8), torch.nan, device=DEVICE), torch.ones(5, 8, device=DEVICE)
     out = torch.empty_like(x)
-    _sparse_mlp(x, w, None, None, w, None, None, None, out)
+    _sparse_mlp(x, w, None, None, w, None, None, None, out, None, None)
     assert out.isnan().all()
 
 
@@ -177,7 +177,8 @@ def predictor(draw, batch, D, r, n, dtype, residual_dtype):
 @pytest.mark.parametrize("batch", [1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8, FP8])
 @pytest.mark.parametrize("D, r, n, limit", [(40, 24, 1100, 20.0), (33, 7, 5, 1.0)])
-def test_predict(batch, union, dtype, D, r, n, limit):
+@pytest.mark.parametrize("beside", [False, True])
+def test_predict(batch, union, dtype, D, r, n, limit, beside):
     draw = Draw(n)
     residual, lean, exact = predictor(draw, batch, D, r, n, dtype, torch.bfloat16)
     threshold = torch.tensor([limit], device=DEVICE)
@@ -187,7 +188,7 @@ def test_predict(batch, union, dtype, D, r, n, limit):
         ids = torch.full((n,) if union else (batch, n), -1, dtype=torch.int32, device=DEVICE)
         count = torch.full((1 if union else batch,), -1, dtype=torch.int32, device=DEVICE)
         tally = torch.full((2,), 5, device=DEVICE)
-        run(x, *weights, threshold, alive, ids, count, tally, r == 7)
+        run(x, *weights, threshold, alive, ids, count, tally, r == 7, beside)
         found.append((ids.view(-1, n), count, tally))
     (ids, count, tally), (found_ids, found_count, found_tally) = found
     assert found_tally.tolist() == [5 + int(found_count.sum()), 5 + (1 if union else int(alive.sum()))]
@@ -210,7 +211,7 @@ def test_a_stream_far_from_zero_and_one_without_spread(batch):
         ids = torch.zeros(batch, 100, dtype=torch.int32, device=DEVICE)
         count = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
         tally = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-        run(x, *weights, torch.tensor([-1.0], device=DEVICE), None, ids, count, tally, False)
+        run(x, *weights, torch.tensor([-1.0], device=DEVICE), None, ids, count, tally, False, False)
         chosen.append([set(row[:k].tolist()) for row, k in zip(ids, count, strict=True)])
     for i, (expected, found) in enumerate(zip(*chosen, strict=True)):
         assert len(expected) > 9 and 0 in found  # nothing is lost to a root of less than nothing

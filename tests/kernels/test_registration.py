@@ -22,14 +22,14 @@ def arguments(name):
     fc1, fc2 = torch.randn(2, 5, 8)
     down, up, bias, threshold = torch.randn(4, 8), torch.randn(5, 4), torch.randn(5), torch.zeros(1)
     return {
-        "sparse_mlp": (x[:, None], fc1, None, bias, fc2, None, ids, count, out[:, None]),
+        "sparse_mlp": (x[:, None], fc1, None, bias, fc2, None, ids, count, out[:, None], None, None),
         "sparse_attention": (
             *(x, ring, qkv, None, None, keys, values, filled_to, positions, out_proj, None, heads, counts),
             *(None, None, out, 1),
         ),
         "residual_norm": (x, residual, x[0], residual[0], out[0], 1e-5, out, torch.empty(2, 8)),
         "predict": (
-            *(x, down, None, down.sum(1), up, None, bias, threshold, None, ids, count, tally, False),
+            *(x, down, None, down.sum(1), up, None, bias, threshold, None, ids, count, tally, False, False),
         ),
         "compact": (torch.rand(2, 3) < 0.5, heads, counts),
     }[name]

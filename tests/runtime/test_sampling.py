@@ -6,9 +6,17 @@ from hypothesis import strategies as st
 from dejavu.runtime.sampling import Sampler, SamplingParams, sample
 
 
+def sampler_of(params):
+    steps = max(p.max_new_tokens for p in params)
+    greedy = all(p.temperature == 0 for p in params)
+    sampler = Sampler.empty(len(params), steps, torch.device("cpu"), greedy=greedy)
+    sampler.begin(params)
+    return sampler
+
+
 def draw(logits, n=20_000, **params):
     """The frequencies of ``n`` draws from one row of logits."""
-    sampler = Sampler.create([SamplingParams(max_new_tokens=1, **{"temperature": 1.0, **params})], "cpu")
+    sampler = sampler_of([SamplingParams(max_new_tokens=1, **{"temperature": 1.0, **params})])
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tokens = sample(
         logits.expand(n, -1),
@@ -78,7 +86,7 @@ def test_any_draw_is_a_token_that_was_left_in(seed, vocab, top_k, top_p, uniform
 
 def test_greedy_rows_of_a_mixed_batch_stay_greedy():
     params = [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=0.0, top_k=3)]
-    sampler = Sampler.create(params, "cpu")
+    sampler = sampler_of(params)
     torch.manual_seed(0)
     for _ in range(20):
         logits = torch.randn(3, 50)
@@ -87,10 +95,9 @@ def test_greedy_rows_of_a_mixed_batch_stay_greedy():
 
 
 def test_a_stream_depends_on_the_seed_alone():
-    alone = Sampler.create([SamplingParams(seed=7, temperature=1)], "cpu")
-    among = Sampler.create(
-        [SamplingParams(seed=1, temperature=1, max_new_tokens=90), SamplingParams(seed=7, temperature=1)],
-        "cpu",
+    alone = sampler_of([SamplingParams(seed=7, temperature=1)])
+    among = sampler_of(
+        [SamplingParams(seed=1, temperature=1, max_new_tokens=90), SamplingParams(seed=7, temperature=1)]
     )
     torch.testing.assert_close(alone.uniforms[:, 0], among.uniforms[:64, 1], atol=0, rtol=0)
     assert not torch.equal(among.uniforms[:, 0], among.uniforms[:, 1])

@@ -13,8 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dejavu.kernels import predict
+from dejavu.kernels import predict, reduce_residual_norm
 from dejavu.kernels.predict import _predict
+from dejavu.kernels.reduce_residual_norm import SLOTS, Inboxes, _reduce_residual_norm
 from dejavu.kernels.residual_norm import _residual_norm
 from dejavu.kernels.sparse_attention import _sparse_attention
 from dejavu.kernels.sparse_mlp import _sparse_mlp
@@ -63,7 +64,7 @@ def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
     ids, count = torch.arange(F, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     for chosen in ((ids, count), (None, None)):
         fc1, fc2 = (weight(F, D, dtype=dtype) for _ in range(2))
-        _sparse_mlp(x[:, None], *fc1, torch.empty(F, dtype=wide), *fc2, *chosen, out[:, None])
+        _sparse_mlp(x[:, None], *fc1, torch.empty(F, dtype=wide), *fc2, *chosen, out[:, None], None, None)
     qkv, out_proj = weight(N, 3, H, D, dtype=dtype), weight(N, H, D, dtype=dtype)
     keys, values = torch.zeros(2, B, N, T, H, dtype=wide)
     # one head lacks all its keys, which takes the wide products, the other but a few
@@ -82,13 +83,26 @@ def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
         tally, threshold = torch.zeros(2, dtype=torch.int64), torch.zeros(1)
         alive = torch.ones(B, dtype=torch.int64)
         _predict(
-            x, *down, torch.zeros(64), *up, torch.zeros(F), threshold, alive, *places, tally, True
+            x, *down, torch.zeros(64), *up, torch.zeros(F), threshold, alive, *places, tally, True, False
         )  # fmt: skip
+
+
+def every_collective(dtype, D, ranks=2, T=3):
+    """The launches that wait for peers: compiled, but not run."""
+    inboxes = Inboxes(torch.zeros(ranks, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int32), 1)
+    x, d = torch.zeros(T, D, dtype=dtype), torch.zeros(D, dtype=dtype)
+    _reduce_residual_norm(x, inboxes, x, d, d, d, 1e-5, x, x)
+    _reduce_residual_norm(x, inboxes, x, None, None, None, 1e-5, x, x)
+    _reduce_residual_norm(x, inboxes, None, None, None, None, 0.0, x, None)
 
 
 if __name__ == "__main__":
     JITFunction.run = compile_launch
-    predict.has_pdl = lambda _: True
+    for module in (predict, reduce_residual_norm):
+        module.has_pdl = lambda _: True
+    for dtype in (torch.float16, torch.bfloat16):
+        every_collective(dtype, D=12288)
+        every_collective(dtype, D=250, ranks=4)
     for dtype, wide in (
         (torch.float32, torch.float32),
         (torch.float16, torch.float16),

@@ -22,7 +22,7 @@ class Continuation:
 
 def ours(tp, directory, dtype="fp32", new_tokens=NEW_TOKENS, forced=None) -> Continuation:
     """Continues the prompts with our engine; ``forced [B][new]`` replaces the tokens it would choose."""
-    engine = Engine.from_pretrained(str(directory), tp=tp, dtype=dtype)
+    engine = Engine.from_pretrained(str(directory), tp=tp, dtype=dtype, cuda_graph=False)
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     seen = []
     head = engine.model.logits

@@ -1,0 +1,254 @@
+"""The block boundary in one kernel: all-reduce, row-parallel bias, residual and LayerNorm, over peer memory.
+
+A rank writes its 16-bit partial sums into the inbox of every other, two to a word of 64 bits with the number
+of the call (the epoch) as the other half. Words of 64 bits arrive whole, so who waits for the epoch has the
+data: no flags, no fences, one way over the link. (NCCL's LL protocol, for a fixed place.) There is no plain
+reference: without ranks there is nothing to do; `all_reduce` and `residual_norm` do the same in two steps.
+
+Why nothing is overwritten before it was read: epochs alternate between two halves of the inbox. A rank that
+sends epoch n + 2 has finished its kernel of n + 1, so has received n + 1 from every peer, which they sent in
+a kernel that began when theirs of epoch n, which read the same half, was complete. The epochs are counted on
+the device, for each slot (token), and a slot has one place whatever the shape: graphs can be replayed and
+mixed with other calls, as long as every rank makes the same calls in the same order, on one stream.
+
+Shape legend: T tokens, D hidden, R ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.device import has_pdl, wait_for_predecessor
+
+# Tokens of a call, and 64-bit words (pairs of elements) that a token may have.
+SLOTS, SLOT_WORDS = 64, 8192
+TYPES = (torch.float16, torch.bfloat16)
+_ROW = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Inboxes:
+    """Where ranks write to each other. Every inbox is zeroed before anyone writes, epochs with it.
+
+    Args:
+        addresses: ``int64[R]`` on the device, of each rank's inbox as this rank sees it.
+        epochs: ``int32[SLOTS]``, calls so far; in this rank's own memory.
+    """
+
+    addresses: Tensor
+    epochs: Tensor
+    rank: int
+
+    @staticmethod
+    def nbytes(ranks: int) -> int:
+        """Of one rank's inbox."""
+        return 2 * ranks * SLOTS * SLOT_WORDS * 8
+
+    def takes(self, dtype: torch.dtype, tokens: int, D: int) -> bool:
+        """Whether a call of this shape fits."""
+        return dtype in TYPES and tokens <= SLOTS and D % 2 == 0 and D <= 2 * SLOT_WORDS
+
+
+@triton.jit
+def _low(words, BF16: tl.constexpr):
+    """The first of each pair of 16-bit numbers, in fp32."""
+    half = (words & 0xFFFF).to(tl.int16)
+    return half.to(tl.bfloat16 if BF16 else tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _high(words, BF16: tl.constexpr):
+    return _low(words >> 16, BF16)
+
+
+@triton.jit
+def _pair(low, high, BF16: tl.constexpr):
+    """Two fp32 numbers to a pair of 16-bit ones."""
+    TYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    first = low.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return first | (high.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _reduce_residual_norm_kernel(
+    partial_ptr,
+    addresses_ptr,
+    epochs_ptr,
+    residual_ptr,
+    bias_ptr,
+    weight_ptr,
+    shift_ptr,
+    eps,
+    total_ptr,
+    normed_ptr,
+    PAIRS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOT_WORDS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    NORM: tl.constexpr,
+    BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program a token. All tensors are seen as pairs of numbers, ``int32``.
+
+    A program waits for the program of its own token on the other ranks alone, and programs start in their
+    order: so no more of them need to run at once than do.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    row = t * PAIRS
+    cols = tl.arange(0, BLOCK)
+    inside = cols < PAIRS
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + cols, mask=inside, other=0)
+    if AFFINE:
+        weight = tl.load(weight_ptr + cols, mask=inside, other=0)
+        shift = tl.load(shift_ptr + cols, mask=inside, other=0)
+    wait_for_predecessor(PDL)
+    mine = tl.load(partial_ptr + row + cols, mask=inside, other=0)
+    epoch = tl.load(epochs_ptr + t) + 1
+    tag = epoch.to(tl.int64) << 32
+    words = tag | (mine.to(tl.int64) & 0xFFFFFFFF)
+    half = (epoch & 1) * (RANKS * SLOTS * SLOT_WORDS)
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            inbox = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int64))
+            inbox = tl.multiple_of(inbox, 16) + half + t * SLOT_WORDS
+            tl.store(inbox + RANK * SLOTS * SLOT_WORDS + cols, words, mask=inside)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row + cols, mask=inside, other=0)
+    inbox = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64))
+    inbox = tl.multiple_of(inbox, 16) + half + t * SLOT_WORDS
+    low = tl.zeros([BLOCK], tl.float32)
+    high = tl.zeros([BLOCK], tl.float32)
+    for peer in tl.static_range(RANKS):  # in the order of the ranks: the same bits on each of them
+        if peer == RANK:
+            low += _low(mine, BF16)
+            high += _high(mine, BF16)
+        else:
+            source = inbox + peer * SLOTS * SLOT_WORDS + cols
+            got = tl.load(source, mask=inside, other=tag, volatile=True)
+            while tl.sum(((got >> 32).to(tl.int32) != epoch).to(tl.int32), 0) > 0:
+                got = tl.load(source, mask=inside, other=tag, volatile=True)
+            theirs = got.to(tl.int32)
+            low += _low(theirs, BF16)
+            high += _high(theirs, BF16)
+    if HAS_BIAS:
+        low += _low(bias, BF16)
+        high += _high(bias, BF16)
+    if HAS_RESIDUAL:
+        low += _low(residual, BF16)
+        high += _high(residual, BF16)
+    total = _pair(low, high, BF16)
+    tl.store(total_ptr + row + cols, total, mask=inside)
+    if NORM:
+        low = _low(total, BF16)  # the norm is of the stream as it is stored
+        high = _high(total, BF16)
+        mean = tl.sum(low + high, 0) / (2 * PAIRS)
+        low = tl.where(inside, low - mean, 0.0)
+        high = tl.where(inside, high - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / (2 * PAIRS) + eps)
+        low *= scale
+        high *= scale
+        if AFFINE:
+            low = low * _low(weight, BF16) + _low(shift, BF16)
+            high = high * _high(weight, BF16) + _high(shift, BF16)
+        tl.store(normed_ptr + row + cols, _pair(low, high, BF16), mask=inside)
+    # every thread has read it: the sums above are barriers
+    tl.store(epochs_ptr + t, epoch)
+
+
+def _pairs(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.view(torch.int32)
+
+
+def _reduce_residual_norm(
+    partial: Tensor,
+    inboxes: Inboxes,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    total: Tensor,
+    normed: Tensor | None,
+) -> None:
+    T, D = partial.shape
+    assert inboxes.takes(partial.dtype, T, D) and partial.is_contiguous()
+    assert all(x is None or x.dtype == partial.dtype for x in (residual, bias, weight, shift, total, normed))
+    block, pdl = triton.next_power_of_2(D // 2), has_pdl(partial.device)
+    _reduce_residual_norm_kernel[(T,)](
+        _pairs(partial),
+        inboxes.addresses,
+        inboxes.epochs,
+        _pairs(residual),
+        _pairs(bias),
+        _pairs(weight),
+        _pairs(shift),
+        eps,
+        _pairs(total),
+        _pairs(normed),
+        PAIRS=D // 2,
+        RANK=inboxes.rank,
+        RANKS=len(inboxes.addresses),
+        SLOTS=SLOTS,
+        SLOT_WORDS=SLOT_WORDS,
+        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
+        AFFINE=weight is not None,
+        NORM=normed is not None,
+        BF16=partial.dtype == torch.bfloat16,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=min(max(block // 256, 1), 16),
+        launch_pdl=pdl,
+    )
+
+
+def fused_reduce_residual_norm(
+    partial: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    norm: torch.nn.LayerNorm | None,
+    inboxes: Inboxes,
+) -> tuple[Tensor, Tensor]:
+    """``(total, norm(total))`` with ``total = residual + (sum over ranks of partial + bias)``, ``[..., D]``.
+
+    Summed in fp32 and rounded once. See `residual_norm`, and `Inboxes.takes` for what fits.
+    """
+    D = partial.shape[-1]
+    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    normed = None if norm is None else torch.empty_like(total)
+    weight, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    flat = (partial.contiguous().view(-1, D), inboxes, residual.contiguous().view(-1, D))
+    _reduce_residual_norm(*flat, bias, weight, shift, eps, total, normed)
+    return total, total if normed is None else normed
+
+
+def push_all_reduce(payload: Tensor, numel: int, inboxes: Inboxes) -> Tensor:
+    """The sum over ranks of ``payload[:numel]``, a new tensor, by the same kernel.
+
+    ``payload`` is of one dimension and reaches at least to the next multiple of `row_length`; what lies past
+    ``numel`` is sent along and not looked at.
+    """
+    row = row_length(numel)
+    rows = -(-numel // row)
+    total = torch.empty(rows, row, dtype=payload.dtype, device=payload.device)
+    partial = payload[: rows * row].view(rows, row)
+    _reduce_residual_norm(partial, inboxes, None, None, None, None, 0.0, total, None)
+    return total.view(-1)[:numel]
+
+
+def row_length(numel: int) -> int:
+    """How `push_all_reduce` cuts a payload: 2048 elements a program, or more so that the slots suffice."""
+    row = _ROW
+    while numel > SLOTS * row:
+        row *= 2
+    return row

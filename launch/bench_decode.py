@@ -1,0 +1,148 @@
+"""`dejavu bench decode`: whole steps, ours and those of Hugging Face and DeepSpeed, in one table."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+
+from dejavu.launch.options import AllReduce, LookaheadOption, stderr
+from dejavu.parallel.groups import TPGroup, init_tp, pick_device
+from dejavu.profiles.baselines import measure_deepspeed, measure_hf
+from dejavu.profiles.decode_bench import POLICIES, PROFILES, Bench, Row, Run
+from dejavu.profiles.records import device_slug, write_record
+from dejavu.profiles.timing import read_bandwidth
+from dejavu.runtime.config import parse_dtype, published_config
+
+ENGINES = ("dejavu", "hf", "hf-compile", "deepspeed")
+
+
+def decode(
+    shape: Annotated[list[str] | None, typer.Option(help="opt-125m to opt-175b. Several times.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help=f"{', '.join(ENGINES)}. Several times.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help=f"Of dejavu: {', '.join(POLICIES)}. Several times; all.")
+    ] = None,
+    density_profile: Annotated[str, typer.Option(help=f"{' or '.join(PROFILES)}.")] = PROFILES[0],
+    predictor_rank: Annotated[int, typer.Option(min=3, help="Of the neurons' predictors.")] = 1024,
+    predictor_bits: Annotated[int, typer.Option(help="8 or 16.")] = 8,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Several times.")] = None,
+    prompt_len: Annotated[list[int] | None, typer.Option(min=1, help="Several times.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="The first of them ends the prefill.")] = 128,
+    dtype: Annotated[str, typer.Option(help="fp16 or bf16.")] = "bf16",
+    tp_slice: Annotated[
+        int,
+        typer.Option(min=0, help="Each rank holds one of so many shares of the model; 0: one of all ranks."),
+    ] = 0,
+    lookahead: LookaheadOption = "tap",
+    all_reduce: AllReduce = "auto",
+    waterfall: Annotated[bool, typer.Option("--waterfall", help="The gains one by one, too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the Markdown.")] = Path("results"),
+    name: Annotated[str | None, typer.Option(help="Of the record; decode-DEVICE.")] = None,
+) -> None:
+    """Time to first token and per token at published shapes, on synthetic weights, beside the floor."""
+    engines, policies = engine or ["dejavu"], policy or list(POLICIES)
+    for what, given, known in (
+        ("engine", engines, ENGINES),
+        ("policy", policies, POLICIES),
+        ("density_profile", [density_profile], PROFILES),
+        ("predictor_bits", [str(predictor_bits)], ("8", "16")),
+        ("dtype", [dtype], ("fp16", "bf16")),
+    ):
+        if unknown := [x for x in given if x not in known]:
+            raise ValueError(f"{what}={unknown[0]!r} is unknown: use {', '.join(known)}")
+    if not torch.cuda.is_available():
+        raise ValueError("dejavu bench measures a GPU, and torch sees no CUDA device here")
+    tp = init_tp(pick_device("cuda"))
+    if tp.size > 1 and (single := [x for x in engines if x.startswith("hf")]):
+        raise ValueError(f"engine {single[0]} runs on one GPU: start it without torchrun")
+    if tp_slice:
+        if tp_slice < tp.size:
+            raise ValueError(f"tp_slice={tp_slice} is less than the {tp.size} ranks, which hold a share each")
+        tp = TPGroup(rank=tp.rank, size=tp.size, device=tp.device, group=tp.group, shares=tp_slice)
+    bandwidth = read_bandwidth(tp.device)
+    stderr().print(f"{torch.cuda.get_device_name(tp.device)} reads {bandwidth / 1e12:.2f} TB/s")
+    found: list[Row] = []
+    for text in shape or ["opt-6.7b"]:
+        config = published_config(text)
+        config.check_tp(tp.shares)
+        for size in batch or [1]:
+            for length in prompt_len or [128]:
+                if length + new_tokens > config.max_position_embeddings:
+                    raise ValueError(
+                        f"prompt_len={length} and new_tokens={new_tokens} do not fit the model's "
+                        f"{config.max_position_embeddings} positions"
+                    )
+                run = Run(text, config, tp, parse_dtype(dtype), bandwidth, size, length, new_tokens)
+                bench = None
+                if "dejavu" in engines:
+                    bench = Bench(
+                        run,
+                        density_profile,
+                        rank=predictor_rank,
+                        bits=predictor_bits,
+                        lookahead=lookahead,  # type: ignore[arg-type]  # Engine checks it
+                        symm=all_reduce,
+                    )
+                dense_ms = None
+                for row in _rows(run, bench, engines, policies, waterfall):
+                    if row.get("policy") == "dense":
+                        dense_ms = row["ms_mean"]
+                    if dense_ms is not None and row["op"] == "decode":
+                        row["speedup_vs_dense"] = dense_ms / row["ms_mean"]
+                    row["density_profile"] = density_profile
+                    found.append(row)
+                    stderr().print(_line(row), soft_wrap=True)
+                del bench
+                torch.cuda.empty_cache()
+    if tp.rank == 0:
+        path = write_record(out, name or f"decode-{device_slug()}", found, synthetic_weights=True,
+                            read_tb_per_s=bandwidth / 1e12)  # fmt: skip
+        print(path)
+    if dist.is_initialized():
+        dist.barrier(group=tp.group)
+
+
+def _rows(
+    run: Run, bench: Bench | None, engines: list[str], policies: list[str], waterfall: bool
+) -> Iterator[Row]:
+    if bench is not None:
+        if "dense" in policies:
+            yield bench.dense()
+        if "sparse" in policies:
+            yield bench.sparse()
+        if waterfall:
+            yield from bench.waterfall()
+        if "lossless" in policies:
+            yield bench.lossless()
+        bench.release()
+    sizes = {"batch": run.batch, "prompt_len": run.prompt_len, "new_tokens": run.new_tokens}
+    for name in engines:
+        if name == "deepspeed":
+            decoded = measure_deepspeed(run.config, **sizes, dtype=run.dtype, tp=run.tp)
+        elif name.startswith("hf"):
+            decoded = measure_hf(run.config, **sizes, dtype=run.dtype, device=run.tp.device,
+                                 compiled=name == "hf-compile")  # fmt: skip
+        else:
+            continue
+        yield {**run.row(decoded, run.dense_bytes(), engine=name, policy="dense baseline")}
+
+
+def _line(row: Row) -> str:
+    where = (
+        f"{row['shape']} tp {row['tp']} on {row['gpus']} GPU(s), batch {row['batch']}, "
+        f"prompt {row['prompt_len']}"
+    )
+    text = (
+        f"{where}: {row['engine']} {row['policy']}: {row['ms_mean']:.3f} ms a token "
+        f"({row['over_floor']:.2f} x floor), first after {row['ttft_ms']:.0f} ms"
+    )
+    if "density_mlp" in row:
+        text += f", neurons {100 * row['density_mlp']:.1f}%, heads {100 * row['density_heads']:.1f}%"
+    if "speedup_vs_dense" in row:
+        text += f", {row['speedup_vs_dense']:.2f} x dense"
+    if "exposed_share" in row:
+        text += f", exposed {100 * row['exposed_share']:.1f}%, hidden {100 * row['hidden_share']:.0f}%"
+    return text

@@ -1,0 +1,31 @@
+"""Work beside the main stream: predictors run while the main stream waits for attention or for its peers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class SideStream:
+    """A second stream of a GPU. Forks and joins are events, so a CUDA graph captures them as they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        # high priority: its small launches slip in between the blocks of the large ones, which fill the GPU
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched within waits for all that the current stream has been given, and for no more."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event:
+        """What has been launched on the side so far, to be joined."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def join(self, event: torch.cuda.Event) -> None:
+        """What the current stream is given from here on waits for ``event``."""
+        torch.cuda.current_stream(self._stream.device).wait_event(event)

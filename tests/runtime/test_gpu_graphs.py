@@ -1,0 +1,99 @@
+"""Captured decode steps on GPUs: the tokens of step by step, the right end, predictors beside the rest."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from texts import engine_of, on_a_rank, texts
+from torch.profiler import ProfilerActivity, profile
+
+from dejavu.runtime.sampling import SamplingParams
+from parity import PROMPTS
+from ranks import run_ranks
+
+pytestmark = pytest.mark.gpu
+PREDICTORS = ("_down_kernel", "_up_kernel", "_compact_kernel")
+
+
+@pytest.mark.parametrize("sparsity", ["dense", "lossless", "demo"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["1", "3"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 40}], ids=["greedy", "drawn"])
+def test_replay_is_eager(sparsity, prompts, settings):
+    """Token for token, 300 of them, twice over the same graph."""
+    params = {"max_new_tokens": 300, "ignore_eos": True, **settings}
+    expected, eager = texts(engine_of(sparsity, cuda_graph=False), prompts, **params)
+    captured = engine_of(sparsity)
+    for _ in range(2):
+        found, generation = texts(captured, prompts, **params)
+        assert found == expected
+        assert generation.density == pytest.approx(eager.density)
+
+
+@pytest.mark.parametrize("lookahead", ["tap", "collective", "inline"])
+def test_when_predictors_run_changes_nothing(lookahead):
+    params = {"max_new_tokens": 200, "ignore_eos": True}
+    expected, _ = texts(engine_of("demo", cuda_graph=False, lookahead="inline"), **params)
+    for cuda_graph in (True, False):
+        assert texts(engine_of("demo", lookahead=lookahead, cuda_graph=cuda_graph), **params)[0] == expected
+
+
+def test_requests_end_where_they_end_step_by_step():
+    """End of text, stop strings, lengths of their own; batches of several sizes over the same engine."""
+    captured, eager = engine_of("demo"), engine_of("demo", cuda_graph=False)
+    (long,), _ = texts(eager, PROMPTS[:1], max_new_tokens=60, ignore_eos=True)
+    word = eager.tokenizer.decode(long[20:22])
+    for engine in (captured, eager):
+        engine.model.config = replace(engine.model.config, eos_token_id=long[9])
+    for n in (1, 3, 2, 1):
+        params = [
+            SamplingParams(max_new_tokens=60 - 7 * i, stop=(word,), ignore_eos=i != 1) for i in range(n)
+        ]
+        found, expected = (
+            [(r.token_ids, r.text, r.finish_reason) for r in e.generate(list(PROMPTS[:n]), params).results]
+            for e in (captured, eager)
+        )
+        assert found == expected
+    assert captured.generate(list(PROMPTS[:1]), SamplingParams()).results[0].finish_reason == "stop"
+
+
+def test_the_host_waits_for_nothing_in_a_step():
+    engine = engine_of("demo")
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    state = engine.prefill([engine.tokenize(PROMPTS[0], params)], [params])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.decode_step(state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False], ids=["graph", "eager"])
+def test_predictors_run_beside_the_main_stream(cuda_graph, record_property):
+    """In a profiler's trace: on a stream of their own, and mostly while a kernel of the main one runs."""
+    engine = engine_of("demo", cuda_graph=cuda_graph)
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    state = engine.prefill([engine.tokenize(PROMPTS[0], params)], [params])
+    for _ in range(3):
+        engine.decode_step(state)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(5):
+            engine.decode_step(state)
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() if e.device_type.name == "CUDA" and "Mem" not in e.name]
+    spans = [(e.time_range.start, e.time_range.end) for e in kernels if e.name not in PREDICTORS]
+    predictors = [e.time_range for e in kernels if e.name in PREDICTORS]
+    assert len(predictors) == 5 * 3 * len(engine.policy.units)
+    beside = [any(start < p.end and p.start < end for start, end in spans) for p in predictors]
+    record_property("share_beside_the_main_stream", sum(beside) / len(beside))
+    assert any(beside)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("all_reduce", ["nccl", "auto"])
+@pytest.mark.parametrize("sparsity", ["dense", "lossless", "demo"])
+def test_two_gpus_replay_what_they_launch(sparsity, all_reduce):
+    options = {"sparsity": sparsity, "all_reduce": all_reduce}
+    captured, eager = (
+        run_ranks(2, on_a_rank, options | {"cuda_graph": graph}, cuda=True) for graph in (True, False)
+    )
+    assert captured[0] == captured[1] == eager[0] == eager[1]
