@@ -286,17 +286,28 @@ def _predict(
     beside: bool,
 ) -> None:
     """Launches the two layers and the compaction."""
-    (B, D), (n, r), device = residual.shape, up.shape, residual.device
-    tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
-    blocks, pdl = triton.cdiv(B, tokens), has_pdl(device)
+    hidden = launch_down(residual, down, down_scale, down_sums, relu=relu, beside=beside)
+    launch_up(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside=beside)
+
+
+def launch_down(
+    residual: Tensor,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_sums: Tensor,
+    *,
+    relu: bool = False,
+    beside: bool = False,
+) -> Tensor:
+    """The first layer: ``fp32[B, r]``. See `predict`."""
+    (B, D), r, device = residual.shape, len(down), residual.device
+    tokens, pdl = token_block(min(B, MAX_TOKENS)), has_pdl(device)
     hidden = torch.empty(B, r, dtype=torch.float32, device=device)
-    mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
-    beside = beside and B == 1
-    most = _BESIDE * num_sms(device) if beside else max(n, r)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
-    if beside:
+    if beside and B == 1:
         chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
-    _down_kernel[(min(triton.cdiv(r, chosen["ROWS"]), most), blocks)](
+    programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside and B == 1)
+    _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
         down,
         down_scale,
@@ -313,11 +324,33 @@ def _predict(
         launch_pdl=pdl,
         **chosen,
     )
+    return hidden
+
+
+def launch_up(
+    hidden: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    bias: Tensor,
+    threshold: Tensor,
+    alive: Tensor | None,
+    ids: Tensor,
+    count: Tensor,
+    tally: Tensor,
+    *,
+    beside: bool = False,
+) -> None:
+    """The second layer, from ``hidden [B, r]``, and the compaction. See `predict`."""
+    B, (n, r), device = len(hidden), up.shape, hidden.device
+    tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
+    blocks, pdl = triton.cdiv(B, tokens), has_pdl(device)
+    mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
-    if beside:
+    if beside and B == 1:
         chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
-    sizes = torch.empty(len(mask), triton.cdiv(n, chosen["ROWS"]), dtype=torch.int32, device=device)
-    _up_kernel[(min(triton.cdiv(n, chosen["ROWS"]), most), blocks)](
+    row_blocks = triton.cdiv(n, chosen["ROWS"])
+    sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
+    _up_kernel[(_programs(row_blocks, device, beside and B == 1), blocks)](
         hidden,
         up,
         up_scale,
@@ -343,6 +376,10 @@ def _predict(
     else:
         rows = chosen["ROWS"]
     _launch_compact(mask, sizes, rows, ids, count, None if union else alive, tally)
+
+
+def _programs(blocks: int, device: torch.device, beside: bool) -> int:
+    return min(blocks, _BESIDE * num_sms(device)) if beside else blocks
 
 
 def _sizes(mask: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ def _sparse_attention(
         **chosen_heads(ids, filled_to, N, W, H),
         **chosen,
     )
-    # the rows of one sequence's heads are named; of several, each row is read once for all that chose its head
+    # one sequence names the rows of its heads; of several, each row is read once for all that chose its head
     named = ids is not None and B == 1
     weighted_rows(
         heads.view(B, N * H),

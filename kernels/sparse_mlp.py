@@ -200,7 +200,8 @@ def _sparse_mlp(
     )
     skip = ids is not None or live_tally is not None
     out = out.view(B, D)
-    weighted_rows(h, fc2, fc2_scale, ids, count, out, None, live_tally, skip_zeros=skip, name="fc2")
+    name = "fc2" if live_tally is None else "fc2_live"
+    weighted_rows(h, fc2, fc2_scale, ids, count, out, None, live_tally, skip_zeros=skip, name=name)
 
 
 def default_settings(D: int, dtype: torch.dtype, tokens: int) -> Settings:

@@ -156,8 +156,8 @@ def weighted_rows(
     Args:
         h: ``[B, F]``, contiguous; entry ``k`` belongs to the row ``ids[k]``.
         weight: ``[F, D]`` of 16 or 32 bits, or of 8 with ``scale fp32[F, 1]``.
-        ids: ``int32[F / group]`` and ``count int32[1]`` for all tokens, ``int32[B, F]`` and ``int32[B]`` for one set
-            each; None: all rows.
+        ids: ``int32[F / group]`` and ``count int32[1]`` for all tokens, ``int32[B, F]`` and ``int32[B]`` for
+            one set each; None: all rows.
         out: ``[B, D]``, contiguous; written.
         base: ``[D]``, added to every token's sum.
         tally: ``int64[2]``, to which the rows whose weight is not zero and the number of sets are added.
@@ -169,7 +169,8 @@ def weighted_rows(
     sets = B if ids is not None and ids.dim() == 2 else 1
     T = B // sets
     assert group == 1 or (T == 1 and ids is not None), "groups of rows are one token's"
-    chosen = settings(name, default_settings(weight.dtype, T), F, D, weight.dtype, T, h.device)
+    default = default_settings(weight.dtype, T, few_live=tally is not None)
+    chosen = settings(name, default, F, D, weight.dtype, T, h.device)
     columns = triton.cdiv(D, chosen["BLOCK_D"])
     splits = chosen["SPLITS"]
     assert columns * sets <= len(counters(h.device)), "a counter for every block of columns of every set"
@@ -199,8 +200,11 @@ def weighted_rows(
     )
 
 
-def default_settings(dtype: torch.dtype, tokens: int) -> Settings:
-    """Sound for any shape: 4 KB and more of loads under way in each of some hundred programs."""
+def default_settings(dtype: torch.dtype, tokens: int, *, few_live: bool = False) -> Settings:
+    """Sound for any shape: 4 KB and more of loads under way in each of some hundred programs; ``few_live``:
+    many rows at once, for most turn out to be zero, and what a loop waits for is to know which."""
+    if few_live:
+        return {"ROWS": 64, "BLOCK_D": 128, "SPLITS": 32, "STAGES": 2, "num_warps": 4}
     if tokens > 1:
         return {"ROWS": 32, "BLOCK_D": 128, "SPLITS": 8, "STAGES": 3, "num_warps": 4}
     if dtype.itemsize == 1:

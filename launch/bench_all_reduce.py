@@ -9,6 +9,7 @@ import typer
 from dejavu.launch.options import stderr
 from dejavu.parallel.groups import init_tp, pick_device
 from dejavu.profiles.all_reduce_bench import bench_all_reduce, write_table
+from dejavu.profiles.predictor_split import bench_split
 from dejavu.profiles.records import device_slug, write_record
 
 
@@ -18,7 +19,8 @@ def all_reduce(
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the Markdown.")] = Path("results"),
 ) -> None:
-    """The all-reduce of a decode step by every route, alone and with residual and LayerNorm behind it.
+    """The all-reduce of a decode step by every route, alone and with residual and LayerNorm behind it; and
+    what a predictor adds to it, whole on each rank or with its first layer split over them.
 
     On several ranks: dejavu launch --nproc-per-node 2 bench all-reduce
     """
@@ -36,8 +38,16 @@ def all_reduce(
         stderr().print(
             f"{what}: {row['us_p50']:.1f} us (p99 {row['us_p99']:.1f}), {row['gb_per_s']:.1f} GB/s"
         )
+    for row in bench_split(tp):
+        rows.append(row)
+        stderr().print(
+            f"{row['op']} ({row['predictor']}, {row['weights']}): {row['us_p50']:.1f} us, "
+            f"{row['us_over_the_boundary']:.1f} over the boundary"
+        )
     if tp.rank == 0:
         if tune:
-            write_table(rows, torch.cuda.get_device_name(tp.device), tp.size)
+            write_table(
+                [row for row in rows if "route" in row], torch.cuda.get_device_name(tp.device), tp.size
+            )
         name = f"allreduce-{device_slug()}"
         print(write_record(out, name, rows, dtype="bfloat16", tp=tp.size, synthetic_weights=True))

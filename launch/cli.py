@@ -222,8 +222,8 @@ def main() -> None:
     if status == 0:
         shut_down()
     if "WORLD_SIZE" in os.environ:
-        # Without taking leave of Python: gloo's threads can abort that. After an error all ranks leave at once,
-        # and there is nobody to take leave of.
+        # Without taking leave of Python: gloo's threads can abort that. After an error all ranks leave at
+        # once, and there is nobody to take leave of.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -33,8 +33,8 @@ from dejavu.parallel.groups import RESERVED, TPGroup
 
 Choice = Literal["auto", "nccl", "symm"]
 Route = Literal["nccl", "one_shot", "two_shot", "push", "fused"]
-# A table has a part for each op, "sum" (an all-reduce) or "boundary" (with bias, residual and norm behind it),
-# and dtype: torch's operations on symmetric memory know no fp16, our kernels no fp32.
+# A table has a part for each op, "sum" (an all-reduce) or "boundary" (with bias, residual and norm behind
+# it), and dtype: torch's operations on symmetric memory know no fp16, our kernels no fp32.
 Table = Mapping[str, Mapping[str, Route]]
 
 TABLE = Path(__file__).with_name("all_reduce.json")

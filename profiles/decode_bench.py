@@ -213,7 +213,10 @@ class _Decoding:
         self._params = [SamplingParams(max_new_tokens=run.new_tokens, ignore_eos=True)] * run.batch
         generator = torch.Generator().manual_seed(0)
         size = (run.batch, run.prompt_len)
-        self._prompts = torch.randint(4, run.config.vocab_size, size, generator=generator).tolist()
+        prompts = torch.randint(4, run.config.vocab_size, size, generator=generator).tolist()
+        # each a token shorter than the one before: a synthetic stream is mostly its position, and sequences
+        # at the same one would choose alike
+        self._prompts = [ids[: max(run.prompt_len - i, 1)] for i, ids in enumerate(prompts)]
         self.state = engine.reserve(run.batch, run.prompt_len + run.new_tokens, greedy=True)
 
     def prefill(self) -> None:
