@@ -28,9 +28,10 @@ _EPS = 1e-5
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
 # Programs on each multiprocessor that run beside other work, with few registers each: those that the settings
-# for running alone would take are what the other kernel needs to keep its own loads under way (with 232 a
-# thread QKV took 42 us instead of 26 beside it).
-_BESIDE = 2
+# for running alone take are what the other kernel needs to keep its own loads under way (with 232 a thread,
+# QKV took 42 us instead of 26 beside it). Fewer programs come too late: a layer's exposed time (OPT-66B on 2
+# H100, rank 1024) is 28 us on the main stream and 34 / 21 / 15 / 11 beside it with 1 / 2 / 3 / 4 of them.
+_BESIDE = 4
 
 
 def standardise(residual: Tensor) -> Tensor:
@@ -375,7 +376,7 @@ def launch_up(
         sizes, rows = _sizes(mask), _PLACED
     else:
         rows = chosen["ROWS"]
-    _launch_compact(mask, sizes, rows, ids, count, None if union else alive, tally)
+    launch_compact(mask, sizes, rows, ids, count, None if union else alive, tally)
 
 
 def _programs(blocks: int, device: torch.device, beside: bool) -> int:
@@ -389,7 +390,7 @@ def _sizes(mask: Tensor) -> Tensor:
     return sizes
 
 
-def _launch_compact(
+def launch_compact(
     mask: Tensor,
     sizes: Tensor,
     rows: int,
@@ -398,6 +399,8 @@ def _launch_compact(
     alive: Tensor | None = None,
     tally: Tensor | None = None,
 ) -> None:
+    """The ids of what is chosen in each row of ``mask int8[S, n]``, of which ``sizes [S, n / rows]`` says how
+    many there are in every ``rows`` entries (a divisor of 1024). See `predict`."""
     (sets, n), pdl = mask.shape, has_pdl(mask.device)
     _compact_kernel[(triton.cdiv(n, _PLACED), sets)](
         mask,
@@ -414,13 +417,13 @@ def _launch_compact(
         BLOCK=triton.next_power_of_2(sizes.shape[1]),
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=4,
+        num_warps=min(max(triton.next_power_of_2(sizes.shape[1]) // 2048, 4), 16),
     )
 
 
 def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     mask = mask.view(torch.int8)
-    _launch_compact(mask, _sizes(mask), _PLACED, ids, count)
+    launch_compact(mask, _sizes(mask), _PLACED, ids, count)
 
 
 def _default_down_settings(D: int, batch: int) -> Settings:

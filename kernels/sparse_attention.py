@@ -274,6 +274,7 @@ def _sparse_attention(
         out,
         base,
         group=H if named else 1,
+        in_place=named,
         skip_zeros=ids is not None and not named,
         name="out_proj",
     )

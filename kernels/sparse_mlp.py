@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.device import MAX_TOKENS, dot, num_sms, to_float, token_block
+from dejavu.kernels.predict import launch_compact
 from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
@@ -89,6 +90,8 @@ def _fc1_kernel(
     count_ptr,
     alive_ptr,
     h_ptr,
+    live_ptr,
+    sizes_ptr,
     T,
     F,
     D: tl.constexpr,
@@ -96,12 +99,14 @@ def _fc1_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
+    LIVE: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """``h[t, k] = relu(fc1[ids[k]] . x[t] + bias[ids[k]])`` for k below the count; a program takes every
-    so-manieth block of rows, so that a fixed grid serves any count."""
+    so-manieth block of rows, so that a fixed grid serves any count. Also notes, if LIVE, which k are above
+    zero for any token, and how many of each block."""
     s = tl.program_id(1)
     x_ptr += s.to(tl.int64) * T * D
     h_ptr += s.to(tl.int64) * T * F
@@ -149,6 +154,10 @@ def _fc1_kernel(
         if HAS_ALIVE:
             h = tl.where((tl.load(alive_ptr + t, mask=t < T, other=0) != 0)[None, :], h, 0.0)
         tl.store(h_ptr + t[None, :] * F + k[:, None], h, mask=chosen[:, None] & (t < T)[None, :])
+        if LIVE:
+            live = tl.max((h != 0).to(tl.int32), 1)
+            tl.store(live_ptr + k, live.to(tl.int8), mask=chosen)
+            tl.store(sizes_ptr + first // ROWS, tl.sum(tl.where(chosen, live, 0), 0))
 
 
 def _sparse_mlp(
@@ -177,8 +186,12 @@ def _sparse_mlp(
             _sparse_mlp(x.view(B, D)[some], *weights, out.view(B, D)[some], live_tally, here)
         return
     h = torch.empty(B, ffn, dtype=torch.float32, device=x.device)
+    want_live = live_tally is not None
+    live = torch.empty(1, ffn if want_live else 0, dtype=torch.int8, device=x.device)
     chosen = dict(settings("fc1", default_settings(D, fc1.dtype, T), ffn, D, fc1.dtype, T, x.device))
-    programs = min(num_sms(x.device) * chosen.pop("PROGRAMS"), triton.cdiv(ffn, chosen["ROWS"]))
+    blocks = triton.cdiv(ffn, chosen["ROWS"])
+    sizes = torch.empty(1, blocks if want_live else 0, dtype=torch.int32, device=x.device)
+    programs = min(num_sms(x.device) * chosen.pop("PROGRAMS"), blocks)
     _fc1_kernel[(programs, sets)](
         x,
         fc1,
@@ -188,6 +201,8 @@ def _sparse_mlp(
         count,
         alive,
         h,
+        live,
+        sizes,
         T,
         ffn,
         D=D,
@@ -195,19 +210,24 @@ def _sparse_mlp(
         HAS_BIAS=fc1_bias is not None,
         HAS_IDS=ids is not None,
         HAS_ALIVE=alive is not None,
+        LIVE=want_live,
         TOKENS=token_block(T),
         **chosen,
     )
-    skip = ids is not None or live_tally is not None
-    out = out.view(B, D)
-    name = "fc2" if live_tally is None else "fc2_live"
-    weighted_rows(h, fc2, fc2_scale, ids, count, out, None, live_tally, skip_zeros=skip, name=name)
+    skip = ids is not None  # of those that were chosen
+    if want_live:
+        ids = torch.empty(ffn, dtype=torch.int32, device=x.device)
+        count = torch.empty(1, dtype=torch.int32, device=x.device)
+        launch_compact(live, sizes, chosen["ROWS"], ids, count, None, live_tally)
+    weighted_rows(
+        h, fc2, fc2_scale, ids, count, out.view(B, D), in_place=want_live, skip_zeros=skip, name="fc2"
+    )
 
 
 def default_settings(D: int, dtype: torch.dtype, tokens: int) -> Settings:
     """Sound for any shape; PROGRAMS is a number for each multiprocessor."""
     if tokens > 1:
-        return {"ROWS": 64, "BLOCK_D": 128, "PROGRAMS": 2, "num_warps": 4, "num_stages": 4}
+        return {"ROWS": 16, "BLOCK_D": 256, "PROGRAMS": 2, "num_warps": 4, "num_stages": 4}
     block = min(1024, triton.next_power_of_2(D))
     return {"ROWS": 2 if dtype.itemsize > 1 else 4, "BLOCK_D": block, "PROGRAMS": 16, "num_warps": 4}
 

@@ -22,7 +22,6 @@ def weighted_rows_reference(
     count: Tensor | None,
     out: Tensor,
     base: Tensor | None = None,
-    tally: Tensor | None = None,
 ) -> None:
     """``out = h[:, :count] @ (weight * scale)[ids[:count]] + base``; see `weighted_rows`."""
     for s, tokens in enumerate(h.split(len(h) if ids is None or ids.dim() == 1 else 1)):
@@ -31,8 +30,6 @@ def weighted_rows_reference(
             rows = ids.view(-1, len(weight))[s, : int(count[s])].long()
         used = tokens[:, : len(rows)]
         live = used.any(0)
-        if tally is not None:
-            tally += torch.stack([live.sum(), torch.ones_like(tally[0])])
         chosen = weight[rows[live]].to(h.dtype)
         if scale is not None:
             chosen = chosen * scale[rows[live]].to(h.dtype)
@@ -51,7 +48,6 @@ def _weighted_rows_kernel(
     base_ptr,
     partial_ptr,
     arrived_ptr,
-    tally_ptr,
     out_ptr,
     T,
     F,
@@ -59,9 +55,9 @@ def _weighted_rows_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_BASE: tl.constexpr,
-    HAS_TALLY: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -79,7 +75,6 @@ def _weighted_rows_kernel(
         count = tl.load(count_ptr + s) * GROUP
         ids_ptr += s.to(tl.int64) * (F // GROUP)
     acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
-    number = tl.zeros([ROWS], tl.int32)
     for first in tl.range(split * ROWS, count, SPLITS * ROWS, num_stages=STAGES):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
@@ -87,15 +82,14 @@ def _weighted_rows_kernel(
         if HAS_IDS:
             rows = tl.load(ids_ptr + k // GROUP, mask=chosen, other=0) * GROUP + k % GROUP
         if TOKENS == 1:
-            h = tl.load(h_ptr + (k if GROUP == 1 else rows), mask=chosen, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + (rows if IN_PLACE else k), mask=chosen, other=0.0).to(tl.float32)
             live = h != 0
         else:
+            place = rows if IN_PLACE else k
             h = tl.load(
-                h_ptr + t[:, None] * F + k[None, :], mask=(t < T)[:, None] & chosen[None, :], other=0.0
+                h_ptr + t[:, None] * F + place[None, :], mask=(t < T)[:, None] & chosen[None, :], other=0.0
             )
             live = tl.sum((h != 0).to(tl.int32), 0) > 0
-        if HAS_TALLY:
-            number += live.to(tl.int32)
         if not SKIP_ZEROS:
             live = chosen
         w = tl.load(
@@ -115,10 +109,6 @@ def _weighted_rows_kernel(
             acc = dot(h, w, acc)
     if TOKENS == 1:
         acc = tl.sum(acc, 0)[None, :]
-    if HAS_TALLY and column == 0:  # every column has the same rows
-        tl.atomic_add(tally_ptr, tl.sum(number, 0).to(tl.int64))
-        if split == 0:
-            tl.atomic_add(tally_ptr + 1, 1)
 
     mask = (t < T)[:, None] & inside[None, :]
     at = (s * T + t)[:, None] * D + cols[None, :]
@@ -145,9 +135,9 @@ def weighted_rows(
     count: Tensor | None,
     out: Tensor,
     base: Tensor | None = None,
-    tally: Tensor | None = None,
     *,
     group: int = 1,
+    in_place: bool = False,
     skip_zeros: bool = True,
     name: str = "rows",
 ) -> None:
@@ -160,17 +150,15 @@ def weighted_rows(
             one set each; None: all rows.
         out: ``[B, D]``, contiguous; written.
         base: ``[D]``, added to every token's sum.
-        tally: ``int64[2]``, to which the rows whose weight is not zero and the number of sets are added.
-        group: ids name so many rows each, one token's, whose weights then lie in the rows' order.
+        group: each id names so many rows in a row.
+        in_place: the weights lie in the rows' order: ``h[:, ids[k]]`` belongs to the row ``ids[k]``.
         skip_zeros: rows that no token gives a weight are not read.
         name: by which the table of settings knows this use.
     """
     (B, F), D = h.shape, weight.shape[1]
     sets = B if ids is not None and ids.dim() == 2 else 1
     T = B // sets
-    assert group == 1 or (T == 1 and ids is not None), "groups of rows are one token's"
-    default = default_settings(weight.dtype, T, few_live=tally is not None)
-    chosen = settings(name, default, F, D, weight.dtype, T, h.device)
+    chosen = settings(name, default_settings(weight.dtype, T), F, D, weight.dtype, T, h.device)
     columns = triton.cdiv(D, chosen["BLOCK_D"])
     splits = chosen["SPLITS"]
     assert columns * sets <= len(counters(h.device)), "a counter for every block of columns of every set"
@@ -184,7 +172,6 @@ def weighted_rows(
         base,
         partial,
         counters(h.device),
-        tally,
         out,
         T,
         F,
@@ -192,19 +179,16 @@ def weighted_rows(
         HAS_SCALE=scale is not None,
         HAS_IDS=ids is not None,
         HAS_BASE=base is not None,
-        HAS_TALLY=tally is not None,
         SKIP_ZEROS=skip_zeros,
         GROUP=group,
+        IN_PLACE=in_place,
         TOKENS=token_block(T),
         **chosen,
     )
 
 
-def default_settings(dtype: torch.dtype, tokens: int, *, few_live: bool = False) -> Settings:
-    """Sound for any shape: 4 KB and more of loads under way in each of some hundred programs; ``few_live``:
-    many rows at once, for most turn out to be zero, and what a loop waits for is to know which."""
-    if few_live:
-        return {"ROWS": 64, "BLOCK_D": 128, "SPLITS": 32, "STAGES": 2, "num_warps": 4}
+def default_settings(dtype: torch.dtype, tokens: int) -> Settings:
+    """Sound for any shape: 4 KB and more of loads under way in each of some hundred programs."""
     if tokens > 1:
         return {"ROWS": 32, "BLOCK_D": 128, "SPLITS": 8, "STAGES": 3, "num_warps": 4}
     if dtype.itemsize == 1:

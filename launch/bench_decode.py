@@ -1,6 +1,7 @@
 """`dejavu bench decode`: whole steps, ours and those of Hugging Face and DeepSpeed, in one table."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.profiles.baselines import measure_deepspeed, measure_hf
 from dejavu.profiles.decode_bench import POLICIES, PROFILES, Bench, Row, Run
 from dejavu.profiles.records import device_slug, write_record
+from dejavu.profiles.synthetic import synthetic_model
 from dejavu.profiles.timing import read_bandwidth
 from dejavu.runtime.config import parse_dtype, published_config
 
@@ -65,38 +67,43 @@ def decode(
     bandwidth = read_bandwidth(tp.device)
     stderr().print(f"{torch.cuda.get_device_name(tp.device)} reads {bandwidth / 1e12:.2f} TB/s")
     found: list[Row] = []
+    dense_ms: dict[tuple[str, int, int], float] = {}
+
+    def keep(rows: Iterable[Row]) -> None:
+        for row in rows:
+            place = row["shape"], row["batch"], row["prompt_len"]
+            if row["engine"] == "dejavu" and row["policy"] == "dense":
+                dense_ms.setdefault(place, row["ms_mean"])
+            if place in dense_ms:
+                row.setdefault("speedup_vs_dense", dense_ms[place] / row["ms_mean"])
+            found.append(row)
+            stderr().print(_line(row), soft_wrap=True)
+
     for text in shape or ["opt-6.7b"]:
-        config = published_config(text)
-        config.check_tp(tp.shares)
-        for size in batch or [1]:
-            for length in prompt_len or [128]:
-                if length + new_tokens > config.max_position_embeddings:
-                    raise ValueError(
-                        f"prompt_len={length} and new_tokens={new_tokens} do not fit the model's "
-                        f"{config.max_position_embeddings} positions"
-                    )
-                run = Run(text, config, tp, parse_dtype(dtype), bandwidth, size, length, new_tokens)
-                bench = None
-                if "dejavu" in engines:
-                    bench = Bench(
-                        run,
-                        density_profile,
-                        rank=predictor_rank,
-                        bits=predictor_bits,
-                        lookahead=lookahead,  # type: ignore[arg-type]  # Engine checks it
-                        symm=all_reduce,
-                    )
-                dense_ms = None
-                for row in _rows(run, bench, engines, policies, waterfall):
-                    if row.get("policy") == "dense":
-                        dense_ms = row["ms_mean"]
-                    if dense_ms is not None and row["op"] == "decode":
-                        row["speedup_vs_dense"] = dense_ms / row["ms_mean"]
-                    row["density_profile"] = density_profile
-                    found.append(row)
-                    stderr().print(_line(row), soft_wrap=True)
+        runs = [
+            _run(text, tp, dtype, bandwidth, size, length, new_tokens)
+            for size in batch or [1]
+            for length in prompt_len or [128]
+        ]
+        if "dejavu" in engines:
+            model = synthetic_model(runs[0].config, tp, runs[0].dtype)
+            for run in runs:
+                bench = Bench(
+                    run,
+                    model,
+                    density_profile,
+                    rank=predictor_rank,
+                    bits=predictor_bits,
+                    lookahead=lookahead,  # type: ignore[arg-type]  # Engine checks it
+                    symm=all_reduce,
+                )
+                keep({**row, "density_profile": density_profile} for row in bench.rows(policies, waterfall))
                 del bench
-                torch.cuda.empty_cache()
+                _give_back()
+            del model
+            _give_back()
+        for run in runs:
+            keep(_baselines(run, engines))
     if tp.rank == 0:
         path = write_record(out, name or f"decode-{device_slug()}", found, synthetic_weights=True,
                             read_tb_per_s=bandwidth / 1e12)  # fmt: skip
@@ -105,29 +112,37 @@ def decode(
         dist.barrier(group=tp.group)
 
 
-def _rows(
-    run: Run, bench: Bench | None, engines: list[str], policies: list[str], waterfall: bool
-) -> Iterator[Row]:
-    if bench is not None:
-        if "dense" in policies:
-            yield bench.dense()
-        if "sparse" in policies:
-            yield bench.sparse()
-        if waterfall:
-            yield from bench.waterfall()
-        if "lossless" in policies:
-            yield bench.lossless()
-        bench.release()
+def _run(
+    shape: str, tp: TPGroup, dtype: str, bandwidth: float, batch: int, prompt_len: int, new_tokens: int
+) -> Run:
+    config = published_config(shape)
+    config.check_tp(tp.shares)
+    if prompt_len + new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt_len={prompt_len} and new_tokens={new_tokens} do not fit the model's "
+            f"{config.max_position_embeddings} positions"
+        )
+    return Run(shape, config, tp, parse_dtype(dtype), bandwidth, batch, prompt_len, new_tokens)
+
+
+def _baselines(run: Run, engines: list[str]) -> Iterator[Row]:
     sizes = {"batch": run.batch, "prompt_len": run.prompt_len, "new_tokens": run.new_tokens}
     for name in engines:
+        if name == "dejavu":
+            continue
         if name == "deepspeed":
             decoded = measure_deepspeed(run.config, **sizes, dtype=run.dtype, tp=run.tp)
-        elif name.startswith("hf"):
+        else:
             decoded = measure_hf(run.config, **sizes, dtype=run.dtype, device=run.tp.device,
                                  compiled=name == "hf-compile")  # fmt: skip
-        else:
-            continue
-        yield {**run.row(decoded, run.dense_bytes(), engine=name, policy="dense baseline")}
+        yield run.row(decoded, run.dense_bytes(), engine=name, policy="dense")
+        _give_back()
+
+
+def _give_back() -> None:
+    """Memory that graphs and models held."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _line(row: Row) -> str:

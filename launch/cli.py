@@ -74,8 +74,9 @@ def generate(
         float | None, typer.Option(help="Mean MLP density, between the calibrated points.")
     ] = None,
     fill_kv: Annotated[
-        str, typer.Option(help="K/V of heads not chosen: lazy (when next chosen) or always (all, each step).")
-    ] = "lazy",
+        str,
+        typer.Option(help="K/V of heads not chosen: lazy (when next chosen), always (each step), auto."),
+    ] = "auto",
     verify_every: Annotated[
         int, typer.Option(min=0, help="Re-check every so many steps densely and report the drift; 0: never.")
     ] = 0,

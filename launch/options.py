@@ -42,7 +42,7 @@ def load_engine(
     *,
     sparsity: str = "dense",
     density: float | None = None,
-    fill_kv: FillKV = "lazy",
+    fill_kv: FillKV = "auto",
     all_reduce: str = "auto",
     cuda_graph: bool = True,
     lookahead: Lookahead = "tap",

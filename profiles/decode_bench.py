@@ -3,8 +3,7 @@
 Shape legend: B batch, T cache length, N local heads, H head dim, L layers.
 """
 
-import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.routes import reserve
 from dejavu.predictors.networks import PackedLowRank
 from dejavu.predictors.selection import KINDS, Kind, Lookahead, Policy, Unit
-from dejavu.profiles.synthetic import paper75, set_live_share, synthetic_model, synthetic_policy, union66b
+from dejavu.profiles.synthetic import Taps, paper75, set_live_share, synthetic_policy, union66b
 from dejavu.profiles.timing import Decoded, StepClock, time_calls, time_decode
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.engine import Engine, FillKV
@@ -98,7 +97,7 @@ class Parts:
 
     mlp: bool = True
     heads: bool = True
-    fill_kv: FillKV = "lazy"  # "always": keys and values are projected for all heads, read for the chosen
+    fill_kv: FillKV = "auto"  # "always": keys and values are projected for all heads, read for the chosen
     lookahead: Lookahead = "tap"
     bits: int = 8
     symm: bool = True
@@ -128,14 +127,33 @@ class Bench:
     """A synthetic model, and our engine on it under the policies that are asked for."""
 
     def __init__(
-        self, run: Run, profile: str, *, rank: int, bits: int, lookahead: Lookahead, symm: str
+        self,
+        run: Run,
+        model: OPTModel,
+        profile: str,
+        *,
+        rank: int,
+        bits: int,
+        lookahead: Lookahead,
+        symm: str,
     ) -> None:
-        self.run, self.rank, self.symm = run, rank, symm
+        self.run, self.model, self.rank, self.symm = run, model, rank, symm
         self.parts = Parts(bits=bits, lookahead=lookahead)
         layers = run.config.num_layers
         self.profile = paper75(layers) if profile == "paper75" else union66b(layers, run.batch)
-        self.model = synthetic_model(run.config, run.tp, run.dtype)
         self._policies: dict[int, Policy] = {}
+        self._taps: Taps | None = None
+
+    def rows(self, policies: Sequence[str], waterfall: bool) -> Iterator[Row]:
+        """What is asked for, one after the other."""
+        if "dense" in policies:
+            yield self.dense()
+        if "sparse" in policies:
+            yield self.sparse()
+        if waterfall:
+            yield from self.waterfall()
+        if "lossless" in policies:
+            yield self.lossless()
 
     def dense(self) -> Row:
         """Our dense engine."""
@@ -156,23 +174,16 @@ class Bench:
 
     def waterfall(self) -> Iterator[Row]:
         """The gains one after the other, then each part alone switched off."""
-        base = None
+        base, run = None, replace(self.run, new_tokens=min(self.run.new_tokens, 64))
         for name, parts in (("dense", None), *_STEPS, *_WITHOUT):
             if parts is not None and parts.symm != Parts().symm and self.run.tp.size == 1:
                 parts = replace(parts, symm=True)
                 if "symmetric" in name:
                     continue
             policy = None if parts is None else self._policy(parts)
-            row = self._measure(name, self._engine(policy, parts or Parts(symm=False)))
+            row = self._measure(name, self._engine(policy, parts or Parts(symm=False)), run)
             base = base or row["ms_mean"]
             yield {**row, "op": "waterfall", "speedup_vs_dense": base / row["ms_mean"]}
-
-    def release(self) -> None:
-        """Gives the GPU's memory back."""
-        self._policies.clear()
-        del self.model
-        gc.collect()
-        torch.cuda.empty_cache()
 
     def _engine(self, policy: Policy | None, parts: Parts) -> Engine:
         reserve(self.run.tp, self.run.dtype, self.symm if parts.symm else "nccl")
@@ -182,16 +193,17 @@ class Bench:
     def _policy(self, parts: Parts) -> Policy:
         """The units that ``parts`` has; thresholds are set once for each width of the weights."""
         if parts.bits not in self._policies:
+            taps = self._taps = self._taps or _dense_taps(self.run, self.model)
             self._policies[parts.bits] = synthetic_policy(
-                self.model, self.profile, rank=self.rank, bits=parts.bits, batch=self.run.batch
+                self.model, self.profile, taps, rank=self.rank, bits=parts.bits
             )
         whole = self._policies[parts.bits]
         kinds: dict[Kind, bool] = {"mlp": parts.mlp, "heads": parts.heads}
         units = [unit for (kind, _), unit in whole.units.items() if kinds[kind]]
         return Policy(units, whole.num_layers, name=whole.name)
 
-    def _measure(self, policy: str, engine: Engine) -> Row:
-        run = self.run
+    def _measure(self, policy: str, engine: Engine, run: Run | None = None) -> Row:
+        run = run or self.run
         decoding = _Decoding(run, engine)
         decoded = time_decode(
             decoding.prefill,
@@ -227,6 +239,16 @@ class _Decoding:
     def step(self) -> None:
         """The next token of every sequence."""
         self._engine.decode_step(self.state)
+
+
+def _dense_taps(run: Run, model: OPTModel) -> Taps:
+    """What predictors would read in a dense run of the same prompts."""
+    engine = Engine(model, None, run.tp, "", cuda_graph=False)
+    decoding, taps = _Decoding(run, engine), Taps()
+    decoding.prefill()
+    for _ in range(min(run.new_tokens - 1, 64)):
+        engine.decode_step(decoding.state, taps)
+    return taps
 
 
 def step_bytes(run: Run, engine: Engine, density: dict[str, float]) -> float:

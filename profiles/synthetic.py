@@ -23,8 +23,6 @@ from dejavu.runtime.opt import OPTModel
 
 _NORMAL = NormalDist()
 _STD = 0.02
-# Tokens by whose scores thresholds are set.
-_TOKENS = 256
 # Which the scores of heads have no use for more of.
 HEAD_RANK = 128
 
@@ -102,14 +100,27 @@ def set_live_share(model: OPTModel, live: float) -> None:
         layer.mlp.fc1.bias.fill_(quantile * deviation)
 
 
+class Taps(Selector):
+    """Chooses everything, and keeps the stream at every tap: ``[T, B, D]``, a row a step."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Tap, list[Tensor]] = {}
+
+    def observe(self, tap: Tap, residual: Tensor) -> None:
+        self._seen.setdefault(tap, []).append(residual[:, 0].clone())
+
+    def at(self, tap: Tap) -> Tensor:
+        return torch.stack(self._seen[tap])
+
+
 @torch.inference_mode()
-def synthetic_policy(model: OPTModel, profile: Profile, *, rank: int, bits: int, batch: int = 1) -> Policy:
+def synthetic_policy(model: OPTModel, profile: Profile, taps: Taps, *, rank: int, bits: int) -> Policy:
     """Random predictors that choose as many as the profile says, half a layer ahead.
 
     A score has a part of its own for every neuron, and parts in common: one that moves with the token, one
     with the token and the layer, one with the token, the layer and the rank. Their sizes give the counts the
-    spread measured on a real model. Thresholds are set on the model's own stream, over random tokens; for a
-    batch, so that the union has the profile's density.
+    spread measured on a real model. Thresholds are set on the stream of a dense run of the same prompts,
+    ``taps``; those of a batch's neurons so that the union has the profile's density.
     """
     units = []
     for layer in model.layer_range:
@@ -117,14 +128,15 @@ def synthetic_policy(model: OPTModel, profile: Profile, *, rank: int, bits: int,
             units.append(_unit(model, "mlp", layer, profile.mlp[layer], rank, bits))
         if layer and profile.heads[layer] < 1:  # before the first layer's heads there is no tap
             units.append(_unit(model, "heads", layer, profile.heads[layer], min(rank, HEAD_RANK), bits))
-    densities: dict[Kind, tuple[float, ...]] = {"mlp": profile.mlp, "heads": profile.heads}
-    device = model.tp.device
-    generator = torch.Generator(device).manual_seed(2)
-    tokens = torch.randint(0, model.config.vocab_size, (1, _TOKENS), generator=generator, device=device)
-    cache = model.empty_cache(1, _TOKENS)
-    step = cache.prompt(_TOKENS)
-    calibrating = _Calibration(units, densities, batch)
-    model(model.embed(tokens, step.positions), cache, step, calibrating)
+    for unit in units:
+        assert unit.tap is not None and isinstance(unit.scorer, PackedLowRank)
+        scores: Tensor = unit.scorer(standardise(taps.at(unit.tap)))  # [T, B, n]
+        if unit.kind == "mlp":
+            scores = scores.amax(1)  # chosen for any of the batch
+        density = (profile.mlp if unit.kind == "mlp" else profile.heads)[unit.layer]
+        place = max(round((1 - density) * scores.numel()), 1)
+        unit.threshold = float(scores.flatten().kthvalue(place).values)
+        unit.scorer.threshold.fill_(unit.threshold)
     return Policy(units, model.config.num_layers, name=profile.name)
 
 
@@ -166,22 +178,3 @@ def _deviation(density: float, spread: float) -> float:
         p95, p5 = (_NORMAL.cdf(-(threshold - g * middle)) for g in (1.645, -1.645))
         low, high = (middle, high) if (p95 - p5) / density < spread else (low, middle)
     return low
-
-
-class _Calibration(Selector):
-    """Sets each unit's threshold where its tap is passed."""
-
-    def __init__(self, units: list[Unit], densities: dict[Kind, tuple[float, ...]], batch: int) -> None:
-        self._units, self._densities, self._batch = units, densities, batch
-
-    def observe(self, tap: Tap, residual: Tensor) -> None:
-        for unit in self._units:
-            if unit.tap == tap:
-                scores: Tensor = unit.scorer(standardise(residual))[0]  # [T, n]
-                if unit.kind == "mlp":  # chosen for any of the batch
-                    scores = scores.unflatten(0, (-1, self._batch)).amax(1)
-                density = self._densities[unit.kind][unit.layer]
-                rank = max(round((1 - density) * scores.numel()), 1)
-                unit.threshold = float(scores.flatten().kthvalue(rank).values)
-                assert isinstance(unit.scorer, PackedLowRank)
-                unit.scorer.threshold.fill_(unit.threshold)

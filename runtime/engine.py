@@ -29,7 +29,9 @@ from dejavu.runtime.text import TextStream
 from dejavu.runtime.weights import find_model
 
 OnText = Callable[[int, str], None]
-FillKV = Literal["lazy", "always"]
+FillKV = Literal["auto", "lazy", "always"]
+# More sequences than these, on a GPU, would catch up with their heads in many passes over the weights.
+_LAZY_BATCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Engine:
         fingerprint: of the model, by which predictors know it.
         policy: what decode steps compute; None: everything. Prefill is always dense.
         fill_kv: ``lazy``: keys and values of a head are computed when it is next chosen; ``always``: those
-            of all heads at every step.
+            of all heads at every step; ``auto``: lazy, but for more than two sequences on a GPU.
         cuda_graph: on CUDA, whether a decode step is recorded once and replayed, or launched piece by piece
             (then with all NVTX ranges). Policies that score in plain torch are always launched.
         lookahead: on CUDA, when predictors run: see `dejavu.predictors.selection.Lookahead`.
@@ -129,7 +131,7 @@ class Engine:
         tp: TPGroup,
         fingerprint: str,
         policy: Policy | None = None,
-        fill_kv: FillKV = "lazy",
+        fill_kv: FillKV = "auto",
         name: str = "",
         *,
         cuda_graph: bool = True,
@@ -164,7 +166,7 @@ class Engine:
         device: str = "auto",
         sparsity: str = DENSE,
         density: float | None = None,
-        fill_kv: FillKV = "lazy",
+        fill_kv: FillKV = "auto",
         cuda_graph: bool = True,
         lookahead: Lookahead = "tap",
         all_reduce: str = "auto",
@@ -298,7 +300,9 @@ class Engine:
             ) from None
 
     def _new_state(self, batch: int, capacity: int, greedy: bool) -> DecodeState:
-        lazy = self.fill_kv == "lazy" and self.policy is not None and self.policy.chooses("heads")
+        few = self.tp.device.type == "cpu" or batch <= _LAZY_BATCH
+        lazy = self.fill_kv == "lazy" or (self.fill_kv == "auto" and few)
+        lazy = lazy and self.policy is not None and self.policy.chooses("heads")
         tokens, alive, left, last = torch.zeros(4, batch, dtype=torch.int64, device=self.tp.device)
         return DecodeState(
             tokens,
@@ -335,13 +339,16 @@ class Engine:
             self._draw(state, F.pad(logits, (0, 0, 0, len(state.tokens) - n)))
 
     @torch.inference_mode()
-    def decode_step(self, state: DecodeState) -> Tensor:
+    def decode_step(self, state: DecodeState, selector: Selector | None = None) -> Tensor:
         """One more token for every sequence, in place; device tensors only. Returns the logits ``[B, V]``.
 
-        A finished sequence does not advance: what it computes is overwritten by what it computes next.
+        A finished sequence does not advance: what it computes is overwritten by what it computes next. With
+        ``selector``, that is asked instead of the policy, in launches one by one.
         """
         with nvtx_range("decode"):
-            return self._advance(state) if state.graph is None else state.graph.replay()
+            if state.graph is None or selector is not None:
+                return self._advance(state, selector)
+            return state.graph.replay()
 
     def _advance(self, state: DecodeState, selector: Selector | None = None) -> Tensor:
         logits = self._step(state, selector or self.policy or EVERYTHING)

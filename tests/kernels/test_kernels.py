@@ -88,6 +88,27 @@ def check_mlp(batch, D, F, mask, dtype, *, with_bias=True, seed=0):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("batch, D, F", [(1, 48, 37), (3, 40, 1100), (18, 40, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_lossless_mlp(batch, D, F, dtype):
+    """All of fc1, live rows of fc2: a dense MLP, and the number of neurons that are live somewhere."""
+    draw, wide = Draw(F), activations(dtype)
+    x, bias = draw.normal(batch, 1, D, dtype=wide), draw.normal(F, dtype=wide) - 8
+    fc1, fc1_scale, exact1 = draw.weight(F, D, dtype=dtype)
+    fc2, fc2_scale, exact2 = draw.weight(F, D, dtype=dtype)
+    alive = (torch.arange(batch, device=DEVICE) % 3 != 1).long()
+    expected = torch.empty(batch, 1, D, dtype=torch.float64, device=DEVICE)
+    found = torch.full_like(x, torch.nan)
+    tallies = [torch.full((2,), 5, device=DEVICE) for _ in range(2)]
+    exact = (x.double(), exact1, None, bias.double(), exact2, None, None, None, expected)
+    sparse_mlp_reference(*exact, tallies[0], alive)
+    _sparse_mlp(x, fc1, fc1_scale, bias, fc2, fc2_scale, None, None, found, tallies[1], alive)
+    assert_near(found[alive == 1], expected[alive == 1], wide)
+    assert 5 < tallies[0][0] < 5 + F
+    if batch <= 16:  # more tokens take several launches, each with a union of its own
+        assert tallies[1].tolist() == tallies[0].tolist()
+
+
 @pytest.mark.parametrize("chosen", ["all", "one set", "one set a sequence", "nothing", "everything", "one"])
 @pytest.mark.parametrize("batch, D, F", [(1, 48, 37), (3, 72, 50)])
 @pytest.mark.parametrize("dtype", WEIGHTS)

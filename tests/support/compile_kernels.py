@@ -65,6 +65,11 @@ def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
     for chosen in ((ids, count), (None, None)):
         fc1, fc2 = (weight(F, D, dtype=dtype) for _ in range(2))
         _sparse_mlp(x[:, None], *fc1, torch.empty(F, dtype=wide), *fc2, *chosen, out[:, None], None, None)
+        tally, alive = torch.zeros(2, dtype=torch.int64), torch.ones(B, dtype=torch.int64)
+        if chosen[0] is None:
+            _sparse_mlp(
+                x[:, None], *fc1, torch.empty(F, dtype=wide), *fc2, *chosen, out[:, None], tally, alive
+            )
     qkv, out_proj = weight(N, 3, H, D, dtype=dtype), weight(N, H, D, dtype=dtype)
     keys, values = torch.zeros(2, B, N, T, H, dtype=wide)
     # one head lacks all its keys, which takes the wide products, the other but a few
