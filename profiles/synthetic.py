@@ -69,7 +69,8 @@ def union66b(num_layers: int, batch: int) -> Profile:
 def synthetic_model(config: OPTConfig, tp: TPGroup, dtype: torch.dtype) -> OPTModel:
     """A rank's share of a random model, all of whose neurons are live.
 
-    Positions are loud and blocks are quiet, so that the stream differs from token to token in every layer.
+    Embeddings are loud, positions most, and blocks are quiet: in every layer the stream is what the token and
+    its place made it, for all that blocks leave out, so that predictors find what their thresholds were set to.
     """
     with torch.device("meta"):
         model = OPTModel(config, tp=tp, dtype=dtype)
@@ -83,10 +84,12 @@ def synthetic_model(config: OPTConfig, tp: TPGroup, dtype: torch.dtype) -> OPTMo
             parameter.zero_()
         else:
             quiet = "fc2" in name or "out_proj" in name
-            parameter.normal_(0, 1e-3 * _STD if quiet else _STD, generator=generator)
+            loud = "embed_tokens" in name
+            deviation = 1e-3 * _STD if quiet else 1.0 if loud else _STD
+            parameter.normal_(0, deviation, generator=generator)
     shared = torch.Generator(tp.device).manual_seed(0)  # what every rank holds is the same on all
     assert model.embed_positions is not None
-    model.embed_positions.weight.data.normal_(0, 3 * _STD, generator=shared)
+    model.embed_positions.weight.data.normal_(0, 3.0, generator=shared)
     set_live_share(model, 1.0)
     return model
 

@@ -152,7 +152,8 @@ class Engine:
         on_cuda = tp.device.type == "cuda"
         self._graphs = on_cuda and cuda_graph
         self._side = SideStream(tp.device) if on_cuda else None
-        self._states: dict[tuple[int, bool, int], DecodeState] = {}  # by batch, greedy, policy
+        # by batch, greedy and policy, which a recorded step keeps in use
+        self._states: dict[tuple[int, bool, Selector | None], DecodeState] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         self.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -266,7 +267,7 @@ class Engine:
         """
         if not self._graphs or not (self.policy or EVERYTHING).capturable:
             return self._new_state(batch, capacity, greedy)
-        key = bucket(batch), greedy, id(self.policy)
+        key = bucket(batch), greedy, self.policy
         state = self._states.get(key)
         if state is None or state.cache.keys.shape[3] < capacity:
             self._states.pop(key, None)
