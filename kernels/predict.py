@@ -287,7 +287,10 @@ def _predict(
     beside: bool,
 ) -> None:
     """Launches the two layers and the compaction."""
-    hidden = launch_down(residual, down, down_scale, down_sums, relu=relu, beside=beside)
+    # several tokens are multiplied by tensor cores, which take both sides in 16 bits (8-bit weights fit them)
+    narrow = torch.float16 if up.dtype.itemsize == 1 else up.dtype
+    hidden_dtype = torch.float32 if len(residual) == 1 else narrow
+    hidden = launch_down(residual, down, down_scale, down_sums, hidden_dtype, relu=relu, beside=beside)
     launch_up(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside=beside)
 
 
@@ -296,14 +299,15 @@ def launch_down(
     down: Tensor,
     down_scale: Tensor | None,
     down_sums: Tensor,
+    dtype: torch.dtype = torch.float32,
     *,
     relu: bool = False,
     beside: bool = False,
 ) -> Tensor:
-    """The first layer: ``fp32[B, r]``. See `predict`."""
+    """The first layer: ``[B, r]``. See `predict`."""
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), has_pdl(device)
-    hidden = torch.empty(B, r, dtype=torch.float32, device=device)
+    hidden = torch.empty(B, r, dtype=dtype, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
     if beside and B == 1:
         chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}

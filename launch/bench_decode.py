@@ -3,18 +3,18 @@
 import gc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import torch.distributed as dist
 import typer
 
-from dejavu.launch.options import AllReduce, LookaheadOption, stderr
+from dejavu.launch.options import AllReduce, OverlapOption, stderr
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.profiles.baselines import measure_deepspeed, measure_hf
 from dejavu.profiles.decode_bench import POLICIES, PROFILES, Bench, Row, Run
 from dejavu.profiles.records import device_slug, write_record
-from dejavu.profiles.synthetic import synthetic_model
+from dejavu.profiles.synthetic import Lookahead, synthetic_model
 from dejavu.profiles.timing import read_bandwidth
 from dejavu.runtime.config import parse_dtype, published_config
 
@@ -38,7 +38,8 @@ def decode(
         int,
         typer.Option(min=0, help="Each rank holds one of so many shares of the model; 0: one of all ranks."),
     ] = 0,
-    lookahead: LookaheadOption = "tap",
+    lookahead: Annotated[str, typer.Option(help="Neurons are predicted half a layer or one ahead.")] = "half",
+    overlap: OverlapOption = "tap",
     all_reduce: AllReduce = "auto",
     waterfall: Annotated[bool, typer.Option("--waterfall", help="The gains one by one, too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the Markdown.")] = Path("results"),
@@ -52,6 +53,7 @@ def decode(
         ("density_profile", [density_profile], PROFILES),
         ("predictor_bits", [str(predictor_bits)], ("8", "16")),
         ("dtype", [dtype], ("fp16", "bf16")),
+        ("lookahead", [lookahead], get_args(Lookahead)),
     ):
         if unknown := [x for x in given if x not in known]:
             raise ValueError(f"{what}={unknown[0]!r} is unknown: use {', '.join(known)}")
@@ -94,7 +96,8 @@ def decode(
                     density_profile,
                     rank=predictor_rank,
                     bits=predictor_bits,
-                    lookahead=lookahead,  # type: ignore[arg-type]  # Engine checks it
+                    lookahead=lookahead,  # type: ignore[arg-type]  # checked above
+                    overlap=overlap,  # type: ignore[arg-type]  # Engine checks it
                     symm=all_reduce,
                 )
                 keep({**row, "density_profile": density_profile} for row in bench.rows(policies, waterfall))

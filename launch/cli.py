@@ -19,8 +19,8 @@ from dejavu.launch.options import (
     AllReduce,
     Device,
     DType,
-    LookaheadOption,
     Model,
+    OverlapOption,
     load_engine,
     print_line,
     stderr,
@@ -86,7 +86,7 @@ def generate(
     cuda_graph: Annotated[
         bool, typer.Option(help="Record the decode step; without, it is launched with all NVTX ranges.")
     ] = True,
-    lookahead: LookaheadOption = "tap",
+    overlap: OverlapOption = "tap",
     nvtx_ranges: NVTX = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")] = False,
 ) -> None:
@@ -115,7 +115,7 @@ def generate(
         all_reduce=all_reduce,
         cuda_graph=cuda_graph,
         fill_kv=fill_kv,  # type: ignore[arg-type]  # Engine checks it
-        lookahead=lookahead,  # type: ignore[arg-type]  # Engine checks it
+        overlap=overlap,  # type: ignore[arg-type]  # Engine checks it
     )
     if stdin:
         answer_stream(engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch)

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from dejavu.parallel.groups import global_rank
-from dejavu.predictors.selection import Lookahead
+from dejavu.predictors.selection import Overlap
 from dejavu.profiles import nvtx
 from dejavu.runtime.engine import Engine, FillKV
 from dejavu.runtime.loading import OnLoad
@@ -25,8 +25,11 @@ from dejavu.runtime.loading import OnLoad
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]
 DType = Annotated[str, typer.Option(help="fp16, bf16, fp32; auto: the model's on CUDA, fp32 on the CPU.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-LookaheadOption = Annotated[
-    str, typer.Option(help="When predictors run: tap, collective (beside the main stream), inline (on it).")
+OverlapOption = Annotated[
+    str,
+    typer.Option(
+        help="Predictors run beside other work from their tap or the next collective on, or not: none."
+    ),
 ]
 AllReduce = Annotated[
     str, typer.Option(help="auto (symmetric memory where it is to be had), nccl, or symm (nothing else).")
@@ -45,7 +48,7 @@ def load_engine(
     fill_kv: FillKV = "auto",
     all_reduce: str = "auto",
     cuda_graph: bool = True,
-    lookahead: Lookahead = "tap",
+    overlap: Overlap = "tap",
 ) -> Engine:
     """The engine, with a bar while it loads."""
     if nvtx_ranges:
@@ -60,7 +63,7 @@ def load_engine(
             fill_kv=fill_kv,
             all_reduce=all_reduce,
             cuda_graph=cuda_graph,
-            lookahead=lookahead,
+            overlap=overlap,
             on_load=on_load,
         )
 

@@ -197,7 +197,7 @@ class Unit:
 Sharing = Literal["union", "each", "mask"]
 # When a predictor starts: on the side stream, as soon as its tap exists or with the next collective; or on
 # the main stream, at its tap.
-Lookahead = Literal["tap", "collective", "inline"]
+Overlap = Literal["tap", "collective", "none"]
 
 
 class _Found(NamedTuple):
@@ -250,7 +250,7 @@ class Policy(Selector):
             pass over whole texts.
         dense_until: with ``mask``, positions before it are computed in full, as those of a prompt.
 
-    ``side`` (None at first: no side stream) and ``lookahead`` say where and when predictors run.
+    ``side`` (None at first: no side stream) and ``overlap`` say where and when predictors run.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class Policy(Selector):
             if unit.tap is not None:
                 self._by_tap.setdefault(unit.tap, []).append(unit)
         self.side: SideStream | None = None
-        self.lookahead: Lookahead = "tap"
+        self.overlap: Overlap = "tap"
         self._scores: dict[int, Tensor] = {}
         self._waiting: list[tuple[Unit, Tensor]] = []  # for a collective to start beside
         self._found: dict[int, _Found] = {}
@@ -301,7 +301,7 @@ class Policy(Selector):
                 with nvtx_range(unit.predict_name, "predict"):
                     self._scores[id(unit)] = unit.scorer(z)
         self._waiting += [(unit, residual) for unit in units if self._in_one_go(unit)]
-        if self.side is None or self.lookahead != "collective":
+        if self.overlap != "collective":
             self._start()
 
     def before_collective(self) -> None:
@@ -311,7 +311,7 @@ class Policy(Selector):
         """Launches the predictors whose taps have been passed."""
         if not self._waiting:
             return
-        side = None if self.lookahead == "inline" else self.side
+        side = None if self.overlap == "none" else self.side
         with nullcontext() if side is None else side.beside():
             for unit, residual in self._waiting:
                 self._predict(unit, residual, side)

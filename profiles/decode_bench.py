@@ -15,8 +15,8 @@ from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.routes import reserve
 from dejavu.predictors.networks import PackedLowRank
-from dejavu.predictors.selection import KINDS, Kind, Lookahead, Policy, Unit
-from dejavu.profiles.synthetic import Taps, paper75, set_live_share, synthetic_policy, union66b
+from dejavu.predictors.selection import KINDS, Kind, Overlap, Policy, Unit
+from dejavu.profiles.synthetic import Lookahead, Taps, paper75, set_live_share, synthetic_policy, union66b
 from dejavu.profiles.timing import Decoded, StepClock, time_calls, time_decode
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.engine import Engine, FillKV
@@ -98,16 +98,16 @@ class Parts:
     mlp: bool = True
     heads: bool = True
     fill_kv: FillKV = "auto"  # "always": keys and values are projected for all heads, read for the chosen
-    lookahead: Lookahead = "tap"
+    overlap: Overlap = "tap"
     bits: int = 8
     symm: bool = True
 
 
 # The waterfall: each line has what those above it have.
 _STEPS: tuple[tuple[str, Parts], ...] = (
-    ("+ MLP sparsity", Parts(heads=False, lookahead="inline", bits=16, symm=False)),
-    ("+ skipped K/V reads", Parts(fill_kv="always", lookahead="inline", bits=16, symm=False)),
-    ("+ skipped projections", Parts(lookahead="inline", bits=16, symm=False)),
+    ("+ MLP sparsity", Parts(heads=False, overlap="none", bits=16, symm=False)),
+    ("+ skipped K/V reads", Parts(fill_kv="always", overlap="none", bits=16, symm=False)),
+    ("+ skipped projections", Parts(overlap="none", bits=16, symm=False)),
     ("+ lookahead on the side stream", Parts(bits=16, symm=False)),
     ("+ 8-bit predictors", Parts(symm=False)),
     ("+ symmetric memory", Parts()),
@@ -116,8 +116,8 @@ _WITHOUT: tuple[tuple[str, Parts], ...] = (
     ("all but MLP sparsity", Parts(mlp=False)),
     ("all but skipped K/V reads and projections", Parts(heads=False)),
     ("all but skipped projections", Parts(fill_kv="always")),
-    ("all but lookahead (predictors on the main stream)", Parts(lookahead="inline")),
-    ("all, predictors start at the collective", Parts(lookahead="collective")),
+    ("all but lookahead (predictors on the main stream)", Parts(overlap="none")),
+    ("all, predictors start at the collective", Parts(overlap="collective")),
     ("all but 8-bit predictors", Parts(bits=16)),
     ("all but symmetric memory", Parts(symm=False)),
 )
@@ -135,10 +135,11 @@ class Bench:
         rank: int,
         bits: int,
         lookahead: Lookahead,
+        overlap: Overlap,
         symm: str,
     ) -> None:
-        self.run, self.model, self.rank, self.symm = run, model, rank, symm
-        self.parts = Parts(bits=bits, lookahead=lookahead)
+        self.run, self.model, self.rank, self.lookahead, self.symm = run, model, rank, lookahead, symm
+        self.parts = Parts(bits=bits, overlap=overlap)
         layers = run.config.num_layers
         self.profile = paper75(layers) if profile == "paper75" else union66b(layers, run.batch)
         self._policies: dict[int, Policy] = {}
@@ -170,7 +171,8 @@ class Bench:
         """Predicted sets, and what predicting them costs."""
         engine = self._engine(self._policy(self.parts), self.parts)
         row = self._measure("sparse", engine)
-        return {**row, **_prediction(self.run, engine), "predictor_rank": self.rank}
+        what = {"predictor_rank": self.rank, "predictor_bits": self.parts.bits, "lookahead": self.lookahead}
+        return {**row, **_prediction(self.run, engine), **what}
 
     def waterfall(self) -> Iterator[Row]:
         """The gains one after the other, then each part alone switched off."""
@@ -187,15 +189,15 @@ class Bench:
 
     def _engine(self, policy: Policy | None, parts: Parts) -> Engine:
         reserve(self.run.tp, self.run.dtype, self.symm if parts.symm else "nccl")
-        lookahead: Lookahead = parts.lookahead
-        return Engine(self.model, None, self.run.tp, "", policy, parts.fill_kv, lookahead=lookahead)
+        overlap: Overlap = parts.overlap
+        return Engine(self.model, None, self.run.tp, "", policy, parts.fill_kv, overlap=overlap)
 
     def _policy(self, parts: Parts) -> Policy:
         """The units that ``parts`` has; thresholds are set once for each width of the weights."""
         if parts.bits not in self._policies:
             taps = self._taps = self._taps or _dense_taps(self.run, self.model)
             self._policies[parts.bits] = synthetic_policy(
-                self.model, self.profile, taps, rank=self.rank, bits=parts.bits
+                self.model, self.profile, taps, rank=self.rank, bits=parts.bits, lookahead=self.lookahead
             )
         whole = self._policies[parts.bits]
         kinds: dict[Kind, bool] = {"mlp": parts.mlp, "heads": parts.heads}

@@ -30,7 +30,7 @@ def write_record(
     """
     record = {
         "name": name,
-        "command": command or " ".join(sys.argv),
+        "command": command or " ".join([_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(),
@@ -105,6 +105,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _program() -> str:
+    """What this process is called, not where it lies."""
+    name = Path(sys.argv[0]).name
+    return "dejavu" if name == "cli.py" else name
 
 
 def _commit() -> str:

@@ -9,6 +9,7 @@ Shape legend: T tokens, D hidden, n local neurons or heads, r rank, B batch.
 from dataclasses import dataclass
 from math import pi, sqrt
 from statistics import NormalDist
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ HEAD_RANK = 128
 # / mean over tokens, of a token's neurons in all layers and (the median over layers) in one; and the larger
 # of two ranks' counts over their mean.
 _TOKEN_SPREAD, _LAYER_SPREAD, _RANK_SPREAD = 0.766, 1.006, 1.029
+
+
+# How far ahead the neurons of a layer are predicted: half a layer, or a whole one.
+Lookahead = Literal["half", "one"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ def synthetic_model(config: OPTConfig, tp: TPGroup, dtype: torch.dtype) -> OPTMo
     """A rank's share of a random model, all of whose neurons are live.
 
     Embeddings are loud, positions most, and blocks are quiet: in every layer the stream is what the token and
-    its place made it, for all that blocks leave out, so that predictors find what their thresholds were set to.
+    its place made it, whatever blocks leave out, so that predictors find what their thresholds were set to.
     """
     with torch.device("meta"):
         model = OPTModel(config, tp=tp, dtype=dtype)
@@ -117,8 +122,10 @@ class Taps(Selector):
 
 
 @torch.inference_mode()
-def synthetic_policy(model: OPTModel, profile: Profile, taps: Taps, *, rank: int, bits: int) -> Policy:
-    """Random predictors that choose as many as the profile says, half a layer ahead.
+def synthetic_policy(
+    model: OPTModel, profile: Profile, taps: Taps, *, rank: int, bits: int, lookahead: Lookahead = "half"
+) -> Policy:
+    """Random predictors that choose as many as the profile says, neurons half a layer or one ahead.
 
     A score has a part of its own for every neuron, and parts in common: one that moves with the token, one
     with the token and the layer, one with the token, the layer and the rank. Their sizes give the counts the
@@ -128,9 +135,11 @@ def synthetic_policy(model: OPTModel, profile: Profile, taps: Taps, *, rank: int
     units = []
     for layer in model.layer_range:
         if profile.mlp[layer] < 1:
-            units.append(_unit(model, "mlp", layer, profile.mlp[layer], rank, bits))
+            tap = Tap("mlp_in", layer).shift(-2 if lookahead == "one" and layer else -1)
+            units.append(_unit(model, "mlp", tap, layer, profile.mlp[layer], rank, bits))
         if layer and profile.heads[layer] < 1:  # before the first layer's heads there is no tap
-            units.append(_unit(model, "heads", layer, profile.heads[layer], min(rank, HEAD_RANK), bits))
+            tap, head_rank = Tap("mlp_in", layer - 1), min(rank, HEAD_RANK)
+            units.append(_unit(model, "heads", tap, layer, profile.heads[layer], head_rank, bits))
     for unit in units:
         assert unit.tap is not None and isinstance(unit.scorer, PackedLowRank)
         scores: Tensor = unit.scorer(standardise(taps.at(unit.tap)))  # [T, B, n]
@@ -143,7 +152,7 @@ def synthetic_policy(model: OPTModel, profile: Profile, taps: Taps, *, rank: int
     return Policy(units, model.config.num_layers, name=profile.name)
 
 
-def _unit(model: OPTModel, kind: Kind, layer: int, density: float, rank: int, bits: int) -> Unit:
+def _unit(model: OPTModel, kind: Kind, tap: Tap, layer: int, density: float, rank: int, bits: int) -> Unit:
     config, tp = model.config, model.tp
     D = config.hidden_size
     n = tp.divide(config.ffn_dim if kind == "mlp" else config.num_heads)
@@ -158,7 +167,6 @@ def _unit(model: OPTModel, kind: Kind, layer: int, density: float, rank: int, bi
         down[1] = torch.randn(D, generator=same, device=tp.device) / sqrt(D)
         up[:, 0], up[:, 1], up[:, 2] = token, layered, ranked
     scorer = PackedLowRank(LowRank(down, up, torch.zeros(n, device=tp.device)), bits).to(tp.device)
-    tap = Tap("attn_in", layer) if kind == "mlp" else Tap("mlp_in", layer - 1)
     return Unit(kind, layer, tap, scorer)
 
 

@@ -15,7 +15,7 @@ from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.parallel.overlap import SideStream
 from dejavu.parallel.routes import reserve
-from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Lookahead, Policy, Selector
+from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Overlap, Policy, Selector
 from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import KVCache
 from dejavu.runtime.config import parse_dtype
@@ -121,7 +121,7 @@ class Engine:
             of all heads at every step; ``auto``: lazy, but for more than two sequences on a GPU.
         cuda_graph: on CUDA, whether a decode step is recorded once and replayed, or launched piece by piece
             (then with all NVTX ranges). Policies that score in plain torch are always launched.
-        lookahead: on CUDA, when predictors run: see `dejavu.predictors.selection.Lookahead`.
+        overlap: on CUDA, when predictors run: see `dejavu.predictors.selection.Overlap`.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Engine:
         name: str = "",
         *,
         cuda_graph: bool = True,
-        lookahead: Lookahead = "tap",
+        overlap: Overlap = "tap",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -145,9 +145,9 @@ class Engine:
         if fill_kv not in get_args(FillKV):
             raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {' or '.join(get_args(FillKV))}")
         self.fill_kv: FillKV = fill_kv
-        if lookahead not in get_args(Lookahead):
-            raise ValueError(f"lookahead={lookahead!r} is unknown: use {', '.join(get_args(Lookahead))}")
-        self.lookahead: Lookahead = lookahead
+        if overlap not in get_args(Overlap):
+            raise ValueError(f"overlap={overlap!r} is unknown: use {', '.join(get_args(Overlap))}")
+        self.overlap: Overlap = overlap
         self.name = name
         on_cuda = tp.device.type == "cuda"
         self._graphs = on_cuda and cuda_graph
@@ -169,7 +169,7 @@ class Engine:
         density: float | None = None,
         fill_kv: FillKV = "auto",
         cuda_graph: bool = True,
-        lookahead: Lookahead = "tap",
+        overlap: Overlap = "tap",
         all_reduce: str = "auto",
         on_load: OnLoad | None = None,
     ) -> "Engine":
@@ -181,7 +181,7 @@ class Engine:
             dtype: ``fp16``, ``bf16``, ``fp32``; ``auto`` is the checkpoint's on CUDA and fp32 on the CPU.
             device: ``auto``, ``cpu`` or ``cuda``; goes unused if ``tp`` is given.
             sparsity, density: see `load_policy`.
-            fill_kv, cuda_graph, lookahead: see `Engine`.
+            fill_kv, cuda_graph, overlap: see `Engine`.
             all_reduce: how sums travel between GPUs: see `reserve`.
             on_load: called with (bytes that have come in, bytes of this rank's share), in ``dtype``.
 
@@ -204,7 +204,7 @@ class Engine:
             fill_kv,
             find_model(model).name,
             cuda_graph=cuda_graph,
-            lookahead=lookahead,
+            overlap=overlap,
         )
 
     def generate(
@@ -367,7 +367,7 @@ class Engine:
 
     def _step(self, state: DecodeState, selector: Selector) -> Tensor:
         if self.policy is not None:
-            self.policy.side, self.policy.lookahead = self._side, self.lookahead
+            self.policy.side, self.policy.overlap = self._side, self.overlap
         step = state.cache.step(1, state.alive)
         tokens = state.tokens.clamp(min=0)[:, None]  # the host has not seen a NO_TOKEN yet
         x = self.model(self.model.embed(tokens, step.positions), state.cache, step, selector)

@@ -29,12 +29,12 @@ def test_replay_is_eager(sparsity, prompts, settings):
         assert generation.density == pytest.approx(eager.density)
 
 
-@pytest.mark.parametrize("lookahead", ["tap", "collective", "inline"])
-def test_when_predictors_run_changes_nothing(lookahead):
+@pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
+def test_when_predictors_run_changes_nothing(overlap):
     params = {"max_new_tokens": 200, "ignore_eos": True}
-    expected, _ = texts(engine_of("demo", cuda_graph=False, lookahead="inline"), **params)
+    expected, _ = texts(engine_of("demo", cuda_graph=False, overlap="none"), **params)
     for cuda_graph in (True, False):
-        assert texts(engine_of("demo", lookahead=lookahead, cuda_graph=cuda_graph), **params)[0] == expected
+        assert texts(engine_of("demo", overlap=overlap, cuda_graph=cuda_graph), **params)[0] == expected
 
 
 def test_requests_end_where_they_end_step_by_step():
