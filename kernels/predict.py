@@ -67,7 +67,10 @@ def predict_reference(
         mask = mask & alive.bool()[:, None]
     compact_reference(mask.any(0, keepdim=True) if ids.dim() == 1 else mask, ids, count)
     tally[0] += count.sum()
-    tally[1] += len(count) if ids.dim() == 1 or alive is None else alive.sum()
+    if alive is None:
+        tally[1] += len(count)
+    else:
+        tally[1] += alive.any() if ids.dim() == 1 else alive.sum()
 
 
 def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
@@ -229,7 +232,7 @@ def _up_kernel(
             tl.store(sizes_ptr + t * blocks + block, size, mask=t < T)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "T"])
 def _compact_kernel(
     mask_ptr,
     sizes_ptr,
@@ -238,6 +241,8 @@ def _compact_kernel(
     count_ptr,
     tally_ptr,
     N,
+    T,
+    TOKENS: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
     HAS_TALLY: tl.constexpr,
     PLACED: tl.constexpr,
@@ -264,8 +269,10 @@ def _compact_kernel(
         tl.store(count_ptr + s, count)
         if HAS_TALLY:
             rows = 1
-            if HAS_ALIVE:
-                rows = (tl.load(alive_ptr + s) != 0).to(tl.int32)
+            if HAS_ALIVE:  # of the set's own sequences: one, or all of the batch
+                t = tl.arange(0, TOKENS)
+                live = tl.load(alive_ptr + s * T + t, mask=t < T, other=0)
+                rows = tl.max((live != 0).to(tl.int32), 0)
             tl.atomic_add(tally_ptr, count.to(tl.int64))
             tl.atomic_add(tally_ptr + 1, tl.zeros_like(count).to(tl.int64) + rows)
 
@@ -380,7 +387,7 @@ def launch_up(
         sizes, rows = _sizes(mask), _PLACED
     else:
         rows = chosen["ROWS"]
-    launch_compact(mask, sizes, rows, ids, count, None if union else alive, tally)
+    launch_compact(mask, sizes, rows, ids, count, alive, tally)
 
 
 def _programs(blocks: int, device: torch.device, beside: bool) -> int:
@@ -404,8 +411,12 @@ def launch_compact(
     tally: Tensor | None = None,
 ) -> None:
     """The ids of what is chosen in each row of ``mask int8[S, n]``, of which ``sizes [S, n / rows]`` says how
-    many there are in every ``rows`` entries (a divisor of 1024). See `predict`."""
+    many there are in every ``rows`` entries (a divisor of 1024). See `predict`.
+
+    ``tally int64[2]`` counts entries and sets; of ``alive [B]``, a set has its share: it counts if any lives.
+    """
     (sets, n), pdl = mask.shape, has_pdl(mask.device)
+    tokens = 1 if alive is None else len(alive) // sets
     _compact_kernel[(triton.cdiv(n, _PLACED), sets)](
         mask,
         sizes,
@@ -414,6 +425,8 @@ def launch_compact(
         count,
         tally,
         n,
+        tokens,
+        TOKENS=triton.next_power_of_2(tokens),
         HAS_ALIVE=alive is not None,
         HAS_TALLY=tally is not None,
         PLACED=_PLACED,

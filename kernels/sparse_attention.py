@@ -239,7 +239,10 @@ def _sparse_attention(
     projections = (x, inputs, qkv, qkv_scale, qkv_bias)
     q = project_qkv(*projections, keys, values, filled_to, positions, ids, count, layer)
     heads = torch.empty_like(q)
-    chosen = settings("attention", _default_attention_settings(B * N, device), N, H, keys.dtype, B, device)
+    # its work is each sequence's own: of one sequence, the table knows it
+    chosen = _default_attention_settings(B * N, device)
+    if B == 1:
+        chosen = settings("attention", chosen, N, H, keys.dtype, 1, device)
     block_h = triton.next_power_of_2(H)
     partial = torch.empty(B * N * chosen["SPLITS"] * (block_h + 2), dtype=torch.float32, device=device)
     _decode_attention_kernel[(chosen["SPLITS"], N, B)](

@@ -40,7 +40,7 @@ def sparse_mlp_reference(
         torch.matmul(hidden, _scaled(fc2, fc2_scale, x), out=out)
         if live_tally is not None:
             live_tally[0] += hidden.flatten(0, 1).any(0).sum()
-            live_tally[1] += 1
+            live_tally[1] += 1 if alive is None else alive.any()
         return
     if ids.dim() == 2:
         _one_set_a_sequence(x, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, ids, count, out)
@@ -218,7 +218,7 @@ def _sparse_mlp(
     if want_live:
         ids = torch.empty(ffn, dtype=torch.int32, device=x.device)
         count = torch.empty(1, dtype=torch.int32, device=x.device)
-        launch_compact(live, sizes, chosen["ROWS"], ids, count, None, live_tally)
+        launch_compact(live, sizes, chosen["ROWS"], ids, count, alive, live_tally)
     weighted_rows(
         h, fc2, fc2_scale, ids, count, out.view(B, D), in_place=want_live, skip_zeros=skip, name="fc2"
     )

@@ -19,20 +19,18 @@ override: dict[str, Settings] = {}
 
 def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: torch.dtype, batch: int,
              device: torch.device) -> Settings:  # fmt: skip
-    """The launch settings of ``kernel`` for weights ``[rows, columns]``: the table's, else ``default``.
-
-    The table is of one token. Several (``batch``) are other code, which has its defaults alone so far.
-    """
+    """The launch settings of ``kernel`` for weights ``[rows, columns]`` and ``batch`` tokens: the table's, else
+    ``default``."""
     if kernel in override:
         return override[kernel]
-    if batch > 1:
-        return default
-    return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype), default)
+    return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype, batch), default)
 
 
-def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype) -> str:
-    """How the table names a shape: ``fc1 24576x12288 16-bit``."""
-    return f"{kernel} {rows}x{columns} {8 * dtype.itemsize}-bit"
+def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype, batch: int = 1) -> str:
+    """How the table names a shape: ``fc1 24576x12288 16-bit``, and with ``several`` behind it for more than one
+    token: 2 to 16 share one reading of the weights by the same code."""
+    name = f"{kernel} {rows}x{columns} {8 * dtype.itemsize}-bit"
+    return name if batch == 1 else f"{name} several"
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
+from dejavu.kernels.device import MAX_TOKENS
 from dejavu.launch.bench_all_reduce import all_reduce
 from dejavu.launch.bench_decode import decode
 from dejavu.launch.options import bar, stderr
@@ -50,12 +51,12 @@ def mlp(shape: Shape = None, weights: Weights = None, batch: Batch = 1, tune_fir
 
 
 @app.command()
-def attention(shape: Shape = None, weights: Weights = None, tune_first: Tune = False,
+def attention(shape: Shape = None, weights: Weights = None, batch: Batch = 1, tune_first: Tune = False,
               out: Out = Path("results")) -> None:  # fmt: skip
     """The attention block over chosen heads after 1920 tokens, filling of keys and values included."""
-    bench, jobs = _begin("attention", shape, weights or ["bf16"], [0], tune_first)
-    rows = (row for local, dtype, _ in jobs for row in bench_attention(bench, local, dtype))
-    _finish("attention", bench, rows, out, batch=1)
+    bench, jobs = _begin("attention", shape, weights or ["bf16"], [0], tune_first, batch)
+    rows = (row for local, dtype, _ in jobs for row in bench_attention(bench, local, dtype, batch))
+    _finish("attention", bench, rows, out, batch=batch)
 
 
 @app.command()
@@ -77,8 +78,8 @@ def _begin(
     locals_ = [_local(text) for text in shapes] if shapes else list(SHAPES)
     if unknown := [w for w in weights if w not in DTYPES]:
         raise ValueError(f"weights={unknown[0]!r} is unknown: use {', '.join(DTYPES)}")
-    if tune_first and batch > 1:
-        raise ValueError(f"--tune is for one token, not --batch {batch}")
+    if tune_first and batch > MAX_TOKENS:
+        raise ValueError(f"--tune is for one token, or for up to {MAX_TOKENS} that share a launch")
     if not torch.cuda.is_available():
         raise ValueError("dejavu bench measures a GPU, and torch sees no CUDA device here")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -87,7 +88,9 @@ def _begin(
     stderr().print(f"{torch.cuda.get_device_name(device)} reads {bench.bandwidth / 1e12:.2f} TB/s")
     if tune_first:
         with bar("tuning") as on_progress:
-            best = tune(Bench(device, bench.bandwidth, replays=8), op, jobs, on_progress or (lambda *_: None))
+            best = tune(
+                Bench(device, bench.bandwidth, replays=8), op, jobs, batch, on_progress or (lambda *_: None)
+            )
         write_table(best, device)
     return bench, jobs
 

@@ -62,6 +62,12 @@ def decode(
     tp = init_tp(pick_device("cuda"))
     if tp.size > 1 and (single := [x for x in engines if x.startswith("hf")]):
         raise ValueError(f"engine {single[0]} runs on one GPU: start it without torchrun")
+    if tp_slice and engines != ["dejavu"]:
+        raise ValueError(
+            "tp_slice is of engine dejavu alone: the others would run another share of the model"
+        )
+    if density_profile == "paper75" and max(batch or [1]) > 1:
+        raise ValueError("density_profile=paper75 is one sequence's: for batches use union66b")
     if tp_slice:
         if tp_slice < tp.size:
             raise ValueError(f"tp_slice={tp_slice} is less than the {tp.size} ranks, which hold a share each")
@@ -74,10 +80,10 @@ def decode(
     def keep(rows: Iterable[Row]) -> None:
         for row in rows:
             place = row["shape"], row["batch"], row["prompt_len"]
-            if row["engine"] == "dejavu" and row["policy"] == "dense":
+            if row["op"] == "decode" and row["engine"] == "dejavu" and row["policy"] == "dense":
                 dense_ms.setdefault(place, row["ms_mean"])
-            if place in dense_ms:
-                row.setdefault("speedup_vs_dense", dense_ms[place] / row["ms_mean"])
+            if place in dense_ms and row["op"] == "decode":
+                row["speedup_vs_dense"] = dense_ms[place] / row["ms_mean"]
             found.append(row)
             stderr().print(_line(row), soft_wrap=True)
 

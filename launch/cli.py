@@ -30,6 +30,7 @@ from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
 from dejavu.runtime.engine import Engine, Generation
+from dejavu.runtime.graphs import MAX_BATCH
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.sparsity import DENSE
 from dejavu.runtime.weights import DEMO
@@ -68,7 +69,9 @@ def generate(
         list[str] | None, typer.Option(help="End before this string; may be given several times.")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
-    max_batch: Annotated[int, typer.Option(min=1, help="The most prompts that run together.")] = 16,
+    max_batch: Annotated[
+        int, typer.Option(min=1, max=MAX_BATCH, help="The most prompts that run together.")
+    ] = 16,
     sparsity: Sparsity = DENSE,
     density: Annotated[
         float | None, typer.Option(help="Mean MLP density, between the calibrated points.")

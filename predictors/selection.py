@@ -272,6 +272,8 @@ class Policy(Selector):
         for unit in [*units, *(u.refine for u in units if u.refine is not None)]:
             if unit.tap is not None:
                 self._by_tap.setdefault(unit.tap, []).append(unit)
+        for found in self._by_tap.values():  # what is needed first runs first
+            found.sort(key=lambda unit: (unit.layer, unit.kind == "mlp"))
         self.side: SideStream | None = None
         self.overlap: Overlap = "tap"
         self._scores: dict[int, Tensor] = {}
@@ -335,6 +337,7 @@ class Policy(Selector):
         """Where the sets that the kernels find for ``batch`` sequences lie, at every step."""
         if batch not in self._buffers:
             units = [unit for unit in self.units.values() if self._in_one_go(unit)]
+            assert units, "no unit's sets are found by the kernels"
             sizes = {
                 id(unit): (1 if self._shared(unit) else batch, unit.scorer.bias.numel())  # type: ignore[operator]
                 for unit in units
@@ -375,6 +378,14 @@ class Policy(Selector):
         units = [*self.units.values(), *(u.refine for u in self.units.values() if u.refine is not None)]
         read = (unit.scorer for unit in units if not unit.sees_truth)
         return sum(t.nbytes for scorer in read for t in (*scorer.parameters(), *scorer.buffers()))
+
+    def tallies(self) -> list[Tensor]:
+        """What a captured step counts in, at every replay."""
+        own = [
+            unit.scorer.tally if isinstance(unit.scorer, PackedLowRank) else unit.live_tally
+            for unit in self.units.values()
+        ]
+        return [tally for tally in own if tally is not None]
 
     @torch.inference_mode()
     def density(self, kind: Kind) -> Tensor:
@@ -448,8 +459,8 @@ class Policy(Selector):
     def count(self, unit: Unit, mask: Tensor, truth: Truth) -> None:
         """Keeps account of what was chosen; what an instrument overrides to learn more."""
         rows: Tensor | int = mask[..., 0].numel()
-        if mask.dim() > 1 and self._alive is not None:
-            rows = self._alive.sum()
+        if self._alive is not None:
+            rows = self._alive.sum() if mask.dim() > 1 else self._alive.any()
         key = unit.kind, unit.layer
         if key not in self._tallies:
             self._tallies[key] = torch.zeros(2, dtype=torch.float64, device=mask.device)

@@ -18,6 +18,7 @@ from dejavu.predictors.networks import PackedLowRank
 from dejavu.predictors.selection import KINDS, Kind, Overlap, Policy, Unit
 from dejavu.profiles.synthetic import Lookahead, Taps, paper75, set_live_share, synthetic_policy, union66b
 from dejavu.profiles.timing import Decoded, StepClock, time_calls, time_decode
+from dejavu.runtime.cache import LAZY_BATCH
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.engine import Engine, FillKV
 from dejavu.runtime.opt import OPTModel
@@ -143,10 +144,12 @@ class Bench:
         layers = run.config.num_layers
         self.profile = paper75(layers) if profile == "paper75" else union66b(layers, run.batch)
         self._policies: dict[int, Policy] = {}
-        self._taps: Taps | None = None
+        self._widths = {bits}
 
     def rows(self, policies: Sequence[str], waterfall: bool) -> Iterator[Row]:
         """What is asked for, one after the other."""
+        if waterfall:
+            self._widths |= {8, 16}
         if "dense" in policies:
             yield self.dense()
         if "sparse" in policies:
@@ -175,17 +178,26 @@ class Bench:
         return {**row, **_prediction(self.run, engine), **what}
 
     def waterfall(self) -> Iterator[Row]:
-        """The gains one after the other, then each part alone switched off."""
+        """The gains one after the other, from dense on NCCL; then each part alone switched off."""
         base, run = None, replace(self.run, new_tokens=min(self.run.new_tokens, 64))
+        self._engine(None, Parts())
+        has_symm, is_lazy = self._route() == "symm", run.batch <= LAZY_BATCH
         for name, parts in (("dense", None), *_STEPS, *_WITHOUT):
-            if parts is not None and parts.symm != Parts().symm and self.run.tp.size == 1:
-                parts = replace(parts, symm=True)
-                if "symmetric" in name:
-                    continue
+            if ("symmetric" in name and not has_symm) or (
+                name.endswith("skipped projections") and not is_lazy
+            ):
+                continue  # there is no such thing here
             policy = None if parts is None else self._policy(parts)
             row = self._measure(name, self._engine(policy, parts or Parts(symm=False)), run)
             base = base or row["ms_mean"]
-            yield {**row, "op": "waterfall", "speedup_vs_dense": base / row["ms_mean"]}
+            yield {**row, "op": "waterfall", "over_first_line": base / row["ms_mean"]}
+
+    def _route(self) -> str:
+        """How sums travel at the moment."""
+        if self.run.tp.size == 1:
+            return "none"
+        routes = self.run.tp.routes.get(self.run.dtype)
+        return "symm" if routes is not None and routes.enabled else "nccl"
 
     def _engine(self, policy: Policy | None, parts: Parts) -> Engine:
         reserve(self.run.tp, self.run.dtype, self.symm if parts.symm else "nccl")
@@ -194,11 +206,12 @@ class Bench:
 
     def _policy(self, parts: Parts) -> Policy:
         """The units that ``parts`` has; thresholds are set once for each width of the weights."""
-        if parts.bits not in self._policies:
-            taps = self._taps = self._taps or _dense_taps(self.run, self.model)
-            self._policies[parts.bits] = synthetic_policy(
-                self.model, self.profile, taps, rank=self.rank, bits=parts.bits, lookahead=self.lookahead
-            )
+        if not self._policies:
+            taps = _dense_taps(self.run, self.model)
+            for bits in self._widths:
+                self._policies[bits] = synthetic_policy(
+                    self.model, self.profile, taps, rank=self.rank, bits=bits, lookahead=self.lookahead
+                )
         whole = self._policies[parts.bits]
         kinds: dict[Kind, bool] = {"mlp": parts.mlp, "heads": parts.heads}
         units = [unit for (kind, _), unit in whole.units.items() if kinds[kind]]
@@ -207,6 +220,7 @@ class Bench:
     def _measure(self, policy: str, engine: Engine, run: Run | None = None) -> Row:
         run = run or self.run
         decoding = _Decoding(run, engine)
+        engine.density()  # is counted from here on
         decoded = time_decode(
             decoding.prefill,
             decoding.step,
@@ -216,6 +230,7 @@ class Bench:
         )
         density = engine.density()
         row = run.row(decoded, step_bytes(run, engine, density), engine="dejavu", policy=policy)
+        row["all_reduce"] = self._route()
         return {**row, **{f"density_{kind}": density[kind] for kind in KINDS}}
 
 
@@ -227,16 +242,12 @@ class _Decoding:
         self._params = [SamplingParams(max_new_tokens=run.new_tokens, ignore_eos=True)] * run.batch
         generator = torch.Generator().manual_seed(0)
         size = (run.batch, run.prompt_len)
-        prompts = torch.randint(4, run.config.vocab_size, size, generator=generator).tolist()
-        # each a token shorter than the one before: a synthetic stream is mostly its position, and sequences
-        # at the same one would choose alike
-        self._prompts = [ids[: max(run.prompt_len - i, 1)] for i, ids in enumerate(prompts)]
+        self._prompts = torch.randint(4, run.config.vocab_size, size, generator=generator).tolist()
         self.state = engine.reserve(run.batch, run.prompt_len + run.new_tokens, greedy=True)
 
     def prefill(self) -> None:
         """Begins over, up to the first token."""
         self.state = self._engine.prefill(self._prompts, self._params)
-        self._engine.density()  # is counted from here on
 
     def step(self) -> None:
         """The next token of every sequence."""
@@ -274,6 +285,7 @@ def _prediction(run: Run, engine: Engine) -> Row:
             with_predictors.append(_timed(run, decoding.step))
             recorded.append(buffers.data.clone())
         given = engine.graph(decoding.state, policy.given(batch))
+        given.replay()  # a first replay takes longer
         decoding.prefill()
         with_sets = []
         for sets in recorded:

@@ -19,7 +19,7 @@ from dejavu.kernels.predict import predict
 from dejavu.kernels.sparse_attention import sparse_attention
 from dejavu.kernels.sparse_mlp import sparse_mlp
 from dejavu.profiles.timing import Call, time_calls
-from dejavu.runtime.cache import WINDOW
+from dejavu.runtime.cache import LAZY_BATCH, WINDOW
 from dejavu.runtime.config import published_config
 
 Row = dict[str, Any]
@@ -170,36 +170,47 @@ def bench_mlp(bench: Bench, local: Local, weights: str, batch: int = 1) -> Itera
 class AttentionCase:
     """Copies of an attention block with the state of a decode that has gone on for a while, and its calls."""
 
-    def __init__(self, local: Local, weights: str, device: torch.device, density: float) -> None:
+    def __init__(
+        self, local: Local, weights: str, device: torch.device, density: float, batch: int = 1
+    ) -> None:
         self.D, _, self.N, self.H = local.sizes
         dtype = DTYPES[weights]
         wide = dtype if dtype.itemsize > 1 else torch.bfloat16
-        D, N, H = self.D, self.N, self.H
-        self.head_bytes = 4 * H * D * dtype.itemsize + 2 * CACHED * H * wide.itemsize
+        D, N, H, B = self.D, self.N, self.H, batch
+        self.weight_bytes, self.kv_bytes = 4 * H * D * dtype.itemsize, 2 * CACHED * H * wide.itemsize
+        self.batch, self.lazy = batch, batch <= LAZY_BATCH
         self.chosen = max(round(density * N), 1)
         self.copies: list[dict[str, Any]] = []
         for _ in range(_COPIES):
-            keys, values = torch.empty(2, 1, N, CACHED + 128, H, dtype=wide, device=device).normal_()
+            keys, values = torch.empty(2, B, N, CACHED + 128, H, dtype=wide, device=device).normal_()
             self.copies.append(
                 {
                     "qkv": random_weight((N, 3, H, D), dtype, device),
                     "out_proj": random_weight((N, H, D), dtype, device),
                     "keys": keys,
                     "values": values,
-                    "inputs": torch.randn(1, WINDOW, D, dtype=wide, device=device),
-                    "filled_to": torch.full((1, N), CACHED - 2 * WINDOW, device=device),
+                    "inputs": torch.randn(B, WINDOW, D, dtype=wide, device=device),
+                    "filled_to": torch.full((B, N), CACHED - 2 * WINDOW, device=device),
                 }
             )
-        self.x = torch.randn(1, D, dtype=wide, device=device)
+        self.x = torch.randn(B, D, dtype=wide, device=device)
         self.bias = torch.randn(N, 3, H, dtype=wide, device=device)
         self.out = torch.empty_like(self.x)
-        self.positions = torch.arange(CACHED + 128, device=device)[:, None]
+        self.positions = torch.arange(CACHED + 128, device=device)[:, None].repeat(1, B)
         steps = _CALLS // _COPIES
-        self.sets = [random_ids(1, N, self.chosen, device) for _ in range(_COPIES * (2 * WINDOW + steps))]
-        for step in range(CACHED - 2 * WINDOW, CACHED):  # until heads lack what they lack in the long run
+        self.sets = [random_ids(B, N, self.chosen, device) for _ in range(_COPIES * (2 * WINDOW + steps))]
+        for step in range(
+            CACHED - 2 * WINDOW, CACHED if self.lazy else 0
+        ):  # until heads lack what they lack in the long run
             for copy in range(_COPIES):
                 self._ours(copy, step)
         self.start = [copy["filled_to"].clone() for copy in self.copies]
+
+    def nbytes(self) -> float:
+        """What a step of the chosen heads reads: the weights of those that some sequence chose, and each
+        sequence's keys and values."""
+        union = sum(len(ids[:, : self.chosen].unique()) for ids, _ in self.sets) / len(self.sets)
+        return union * self.weight_bytes + self.batch * self.chosen * self.kv_bytes
 
     def calls(self) -> list[Call]:
         """A step of each copy in turn, position by position; the first puts the states back, in its time."""
@@ -223,6 +234,7 @@ class AttentionCase:
     def _ours(self, copy: int, position: int, *, all_heads: bool = False) -> None:
         c = self.copies[copy]
         (qkv, qkv_scale), (out_proj, out_scale) = c["qkv"], c["out_proj"]
+        lazy = self.lazy and not all_heads
         ids, count = self.sets[_COPIES * (position - CACHED + 2 * WINDOW) + copy]
         sparse_attention(
             self.x,
@@ -236,43 +248,42 @@ class AttentionCase:
             out_scale,
             None if all_heads else ids,
             None if all_heads else count,
-            inputs=None if all_heads else c["inputs"],
-            filled_to=None if all_heads else c["filled_to"],
+            inputs=c["inputs"] if lazy else None,
+            filled_to=c["filled_to"] if lazy else None,
             out=self.out,
         )
 
     def _by_library(self, copy: int) -> None:
-        c, D, N, H = self.copies[copy], self.D, self.N, self.H
-        qkv = F.linear(self.x, c["qkv"][0].view(3 * N * H, D), self.bias.flatten()).view(N, 3, 1, H)
-        q, k, v = qkv.unbind(1)
-        c["keys"][0, :, CACHED], c["values"][0, :, CACHED] = k[:, 0], v[:, 0]
+        c, B, D, N, H = self.copies[copy], self.batch, self.D, self.N, self.H
+        qkv = F.linear(self.x, c["qkv"][0].view(3 * N * H, D), self.bias.flatten()).view(B, N, 3, H)
+        q, k, v = qkv.unbind(2)
+        c["keys"][:, :, CACHED], c["values"][:, :, CACHED] = k, v
         seen = slice(0, CACHED + 1)
-        y = F.scaled_dot_product_attention(q[None], c["keys"][:, :, seen], c["values"][:, :, seen])
-        torch.matmul(y.view(1, N * H), c["out_proj"][0].view(N * H, D), out=self.out)
+        y = F.scaled_dot_product_attention(q[:, :, None], c["keys"][:, :, seen], c["values"][:, :, seen])
+        torch.matmul(y.view(B, N * H), c["out_proj"][0].view(N * H, D), out=self.out)
 
 
-def bench_attention(bench: Bench, local: Local, weights: str) -> Iterator[Row]:
+def bench_attention(bench: Bench, local: Local, weights: str, batch: int = 1) -> Iterator[Row]:
     """QKV, attention over 1920 cached tokens and out_proj: dense by libraries and by our kernels, then chosen
     heads, a random set each step, with all filling of missing keys and values in the timed steps.
 
     A row's bytes are those of the chosen heads' weights, keys and values. Speed-ups are against the faster of
-    the dense ones.
+    the dense ones. More sequences than two compute the keys and values of all heads at every step.
     """
-    what: Row = {"op": "attention", "shape": local.name, "tp": local.tp, "weights": weights, "batch": 1,
+    what: Row = {"op": "attention", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch,
             "prompt_len": CACHED}  # fmt: skip
     dense_us = 0.0
     for density in DENSITIES:
-        case = AttentionCase(local, weights, bench.device, density)
+        case = AttentionCase(local, weights, bench.device, density, batch)
         if density == DENSITIES[0]:
-            everything = case.N * case.head_bytes
+            everything = case.N * (case.weight_bytes + batch * case.kv_bytes)
             rows = [bench.row(case.dense_calls(), everything, **what, engine="dejavu dense", density=1.0)]
             if DTYPES[weights].itemsize > 1:
                 rows.append(bench.row(case.library_calls(), everything, **what, engine="cublas", density=1.0))
             dense_us = min(row["us_p50"] for row in rows)
             yield from ({**row, "speedup_vs_dense": dense_us / row["us_p50"]} for row in rows)
-        nbytes = case.chosen * case.head_bytes
         share = case.chosen / case.N
-        yield bench.row(case.calls(), nbytes, dense_us, **what, engine="dejavu", density=share)
+        yield bench.row(case.calls(), case.nbytes(), dense_us, **what, engine="dejavu", density=share)
 
 
 class PredictorCase:

@@ -88,15 +88,15 @@ def decode(
     Policies must have ``sharing="each"``. None is dense decoding.
     """
     parts: list[list[Scores]] = [[] for _ in policies]
-    served = engine.policy
-    try:
-        for batch in _batches(engine, windows, on_progress):
-            dense = whole_pass(engine, batch[:, :-1], EVERYTHING)[:, prefix:]
-            for part, policy in zip(parts, policies, strict=True):
-                engine.policy = policy
-                part.append(_decode(engine, batch, dense, prefix))
-    finally:
-        engine.policy = served
+    # an engine for each, which launches step by step: a recorded step would keep its keys and values for ever
+    engines = [
+        Engine(engine.model, None, engine.tp, "", policy, engine.fill_kv, cuda_graph=False)
+        for policy in policies
+    ]
+    for batch in _batches(engine, windows, on_progress):
+        dense = whole_pass(engine, batch[:, :-1], EVERYTHING)[:, prefix:]
+        for part, one in zip(parts, engines, strict=True):
+            part.append(_decode(one, batch, dense, prefix))
     return [_join(part) for part in parts]
 
 

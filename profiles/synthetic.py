@@ -6,7 +6,7 @@ from token to token and from rank to rank; not on the values. What a synthetic m
 Shape legend: T tokens, D hidden, n local neurons or heads, r rank, B batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi, sqrt
 from statistics import NormalDist
 from typing import Literal
@@ -74,11 +74,12 @@ def union66b(num_layers: int, batch: int) -> Profile:
 def synthetic_model(config: OPTConfig, tp: TPGroup, dtype: torch.dtype) -> OPTModel:
     """A rank's share of a random model, all of whose neurons are live.
 
-    Embeddings are loud, positions most, and blocks are quiet: in every layer the stream is what the token and
-    its place made it, whatever blocks leave out, so that predictors find what their thresholds were set to.
+    Embeddings are loud and blocks are quiet: in every layer the stream is what the token and its place made it,
+    whatever blocks leave out, so that predictors find what their thresholds were set to. The head is not tied
+    (as many bytes are read), or a token would be followed by itself.
     """
     with torch.device("meta"):
-        model = OPTModel(config, tp=tp, dtype=dtype)
+        model = OPTModel(replace(config, tie_word_embeddings=False), tp=tp, dtype=dtype)
     check_memory(sum(p.nbytes for p in model.parameters()), tp, "the model")
     model.to_empty(device=tp.device)
     generator = torch.Generator(tp.device).manual_seed(1 + tp.rank)
@@ -90,11 +91,11 @@ def synthetic_model(config: OPTConfig, tp: TPGroup, dtype: torch.dtype) -> OPTMo
         else:
             quiet = "fc2" in name or "out_proj" in name
             loud = "embed_tokens" in name
-            deviation = 1e-3 * _STD if quiet else 1.0 if loud else _STD
+            deviation = 1e-3 * _STD if quiet else 3.0 if loud else _STD
             parameter.normal_(0, deviation, generator=generator)
     shared = torch.Generator(tp.device).manual_seed(0)  # what every rank holds is the same on all
     assert model.embed_positions is not None
-    model.embed_positions.weight.data.normal_(0, 3.0, generator=shared)
+    model.embed_positions.weight.data.normal_(0, 1.0, generator=shared)
     set_live_share(model, 1.0)
     return model
 

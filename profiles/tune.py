@@ -32,6 +32,9 @@ _SUMS_8 = ((16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3), (
 _FC1_16 = ((2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 4), (1, 4096, 4))
 _FC1_8 = ((2, 1024, 4), (4, 1024, 4), (2, 2048, 4), (4, 2048, 4), (2, 2048, 8), (4, 2048, 8))
 _QKV_16 = ((64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 2, 4))
+# Of several tokens: tensor cores, so 16 rows and more.
+_SEVERAL_FC1 = ((16, 128, 4), (16, 256, 4), (32, 128, 4), (32, 256, 4), (64, 128, 4), (64, 64, 4))
+_SEVERAL_SUMS = ((16, 128, 4, 4), (32, 128, 4, 3), (32, 256, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4))
 _UP = ((8, 1024), (16, 1024), (32, 256), (32, 512), (16, 512), (64, 256))
 # By kernel and bytes of a weight (2: or more): names, values of all but the last, the last, its values.
 _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
@@ -46,12 +49,24 @@ _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...]
     ("down", 2): (("ROWS", "BLOCK_D"), ((1, 2048), (2, 1024), (2, 2048), (4, 2048)), "num_warps", (4, 8)),
     ("up", 2): (("ROWS", "BLOCK_R"), _UP, "num_warps", (4, 8)),
 }  # fmt: skip
+# The same for several tokens, of any width.
+_SEVERAL: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
+    "fc1": ((*_FC1, "num_stages"), tuple((*t, 4) for t in _SEVERAL_FC1), "PROGRAMS", (1, 2, 4)),
+    "fc2": (_SUMS, _SEVERAL_SUMS, "SPLITS", (4, 8, 16)),
+    "out_proj": (_SUMS, _SEVERAL_SUMS, "SPLITS", (4, 8, 16)),
+    "qkv": (_QKV, ((32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 4), (64, 64, 4, 5)), "SPLITS", (1,)),
+    "down": (
+        ("ROWS", "BLOCK_D", "num_stages"), ((16, 128, 4), (16, 256, 3), (16, 256, 4)), "num_warps", (2, 4)
+    ),
+    "up": (("ROWS", "BLOCK_R"), ((16, 256), (32, 128), (32, 256), (64, 128)), "num_warps", (4, 8)),
+}  # fmt: skip
 OnProgress = Callable[[int, int], None]
 
 
-def candidates(kernel: str, columns: int, itemsize: int) -> list[Settings]:
+def candidates(kernel: str, columns: int, itemsize: int, batch: int = 1) -> list[Settings]:
     """Settings worth trying: those that came near the best in a wider search (profiles/results/README.md)."""
-    names, tried, last, values = _TRIED[kernel, 1 if itemsize == 1 and (kernel, 1) in _TRIED else 2]
+    wide = _TRIED[kernel, 1 if itemsize == 1 and (kernel, 1) in _TRIED else 2]
+    names, tried, last, values = wide if batch == 1 else _SEVERAL[kernel]
     found = (dict(zip((*names, last), (*t, v), strict=True)) for t in tried for v in values)
     kept = (s for s in found if s.get("BLOCK_D", 0) < 2 * columns)
     most = 1 << (columns - 1).bit_length()
@@ -59,34 +74,36 @@ def candidates(kernel: str, columns: int, itemsize: int) -> list[Settings]:
 
 
 def tune(
-    bench: Bench, op: str, jobs: Sequence[tuple[Local, str, int]], on_progress: OnProgress
+    bench: Bench, op: str, jobs: Sequence[tuple[Local, str, int]], batch: int, on_progress: OnProgress
 ) -> dict[str, Settings]:
     """The best settings of every kernel of ``op``, by the table's keys.
 
     Args:
         jobs: (shape, weights, rank of the predictor; 0 for the other operations).
+        batch: one token, or as many as stand for several.
     """
+    kernels = [kernel for kernel in _WAYS[op] if batch == 1 or kernel in _SEVERAL]
     todo = [
-        (op, *job, kernel, settings)
+        (op, *job, batch, kernel, settings)
         for job in jobs
-        for kernel in _WAYS[op]
-        for settings in _of_job(kernel, job)
+        for kernel in kernels
+        for settings in _of_job(kernel, job, batch)
     ]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 14), mp_context=get_context("spawn")) as pool:
         list(pool.map(_compile, todo, chunksize=2))
     best: dict[str, Settings] = {}
     done = 0
     for job in jobs:
-        graphs = _graphs(op, *job, bench.device)
-        for kernel in _WAYS[op]:
+        graphs = _graphs(op, *job, batch, bench.device)
+        for kernel in kernels:
             scored: list[tuple[float, int, Settings]] = []
-            for settings in _of_job(kernel, job):
+            for settings in _of_job(kernel, job, batch):
                 override[kernel] = settings
                 scored.append((_score(graphs, bench.replays), len(scored), settings))
                 done += 1
                 on_progress(done, len(todo))
             override[kernel] = min(scored)[2]  # the next kernel is tuned beside it
-            best[_key(kernel, *job)] = override[kernel]
+            best[_key(kernel, *job, batch)] = override[kernel]
         override.clear()
     return best
 
@@ -110,7 +127,7 @@ def _columns(kernel: str, local: Local, rank: int) -> int:
     return {"attention": H, "up": rank}.get(kernel, D)
 
 
-def _key(kernel: str, local: Local, weights: str, rank: int) -> str:
+def _key(kernel: str, local: Local, weights: str, rank: int, batch: int) -> str:
     _, ffn, N, H = local.sizes
     rows = {
         "fc1": ffn,
@@ -122,22 +139,24 @@ def _key(kernel: str, local: Local, weights: str, rank: int) -> str:
         "up": ffn,
     }
     dtype = torch.bfloat16 if kernel == "attention" else DTYPES[weights]
-    return shape_key(kernel, rows[kernel], _columns(kernel, local, rank), dtype)
+    return shape_key(kernel, rows[kernel], _columns(kernel, local, rank), dtype, batch)
 
 
-def _of_job(kernel: str, job: tuple[Local, str, int]) -> list[Settings]:
+def _of_job(kernel: str, job: tuple[Local, str, int], batch: int) -> list[Settings]:
     local, weights, rank = job
-    return candidates(kernel, _columns(kernel, local, rank), DTYPES[weights].itemsize)
+    return candidates(kernel, _columns(kernel, local, rank), DTYPES[weights].itemsize, batch)
 
 
-def _graphs(op: str, local: Local, weights: str, rank: int, device: torch.device) -> list[list[Call]]:
+def _graphs(
+    op: str, local: Local, weights: str, rank: int, batch: int, device: torch.device
+) -> list[list[Call]]:
     """Rows of calls that tuning weighs equally: the densities that decoding has, and all of it."""
     if op == "mlp":
-        case = MLPCase(local, weights, device)
+        case = MLPCase(local, weights, device, batch)
         return [case.calls(density)[0] for density in (1.0, 0.25, 0.1)]
     if op == "attention":
-        return [AttentionCase(local, weights, device, density).calls() for density in (1.0, 0.5, 0.25)]
-    return [PredictorCase(local, weights, device, rank).calls()]
+        return [AttentionCase(local, weights, device, density, batch).calls() for density in (1.0, 0.5, 0.25)]
+    return [PredictorCase(local, weights, device, rank, batch).calls()]
 
 
 def _score(graphs: Sequence[Sequence[Call]], replays: int) -> float:
@@ -149,16 +168,16 @@ def _score(graphs: Sequence[Sequence[Call]], replays: int) -> float:
     return sum(map(math.log, times)) / len(times)
 
 
-def _compile(job: tuple[str, Local, str, int, str, Settings]) -> None:
+def _compile(job: tuple[str, Local, str, int, int, str, Settings]) -> None:
     """Fills Triton's cache on disk: runs the operation once, with nothing timed."""
-    op, local, weights, rank, kernel, settings = job
+    op, local, weights, rank, batch, kernel, settings = job
     override[kernel] = settings
     device = torch.device("cuda", torch.cuda.current_device())
     with suppress(OutOfResources):
         if op == "mlp":
-            MLPCase(local, weights, device).calls(0.1)[0][0]()
+            MLPCase(local, weights, device, batch).calls(0.1)[0][0]()
         elif op == "attention":
-            AttentionCase(local, weights, device, 1.0)
+            AttentionCase(local, weights, device, 1.0, batch)
         else:
-            PredictorCase(local, weights, device, rank).calls()[0]()
+            PredictorCase(local, weights, device, rank, batch).calls()[0]()
     override.clear()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Attention inputs kept for heads that were not chosen: the longest that keys and values are put off.
 WINDOW = 64
+# More sequences than these, on a GPU, would catch up with their heads in many passes over the weights.
+LAZY_BATCH = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dejavu.parallel.overlap import SideStream
 from dejavu.parallel.routes import reserve
 from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Overlap, Policy, Selector
 from dejavu.profiles.nvtx import nvtx_range
-from dejavu.runtime.cache import KVCache
+from dejavu.runtime.cache import LAZY_BATCH, KVCache
 from dejavu.runtime.config import parse_dtype
 from dejavu.runtime.graphs import MAX_BATCH, StepGraph, TokenMail, bucket
 from dejavu.runtime.loading import OnLoad, load_model
@@ -30,8 +30,6 @@ from dejavu.runtime.weights import find_model
 
 OnText = Callable[[int, str], None]
 FillKV = Literal["auto", "lazy", "always"]
-# More sequences than these, on a GPU, would catch up with their heads in many passes over the weights.
-_LAZY_BATCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +268,8 @@ class Engine:
         key = bucket(batch), greedy, self.policy
         state = self._states.get(key)
         if state is None or state.cache.keys.shape[3] < capacity:
-            self._states.pop(key, None)
+            state = self._states.pop(key, None)
+            state = None  # its memory is free before the next one's is asked for
             capacity = min(bucket(max(capacity, 128)), self.model.config.max_position_embeddings)
             state = self._room_for(key[0], capacity, greedy)
             state.graph = self.graph(state)
@@ -281,27 +280,36 @@ class Engine:
     def graph(self, state: DecodeState, selector: Selector | None = None) -> StepGraph:
         """The step of ``state`` with the policy, or with ``selector``, recorded; ends its sequences."""
         state.alive.zero_()  # nothing advances while the step is recorded
+        tallies = [] if self.policy is None else self.policy.tallies()
+        before = [tally.clone() for tally in tallies]
         graph = StepGraph(partial(self._advance, state, selector), self.tp.device, self._pool)
-        self.density()  # what was chosen meanwhile does not count
+        for tally, count in zip(tallies, before, strict=True):
+            tally.copy_(count)
         return graph
 
     def _room_for(self, batch: int, capacity: int, greedy: bool) -> DecodeState:
-        try:
-            return self._new_state(batch, capacity, greedy)
-        except torch.OutOfMemoryError:
-            self._states.clear()  # those of other batches may go
+        """A new state; if need be, those of other batches go. All ranks do the same: they record together."""
+        for _ in range(2):
+            if not self._states:  # torch refuses a pool whose graphs are all gone
+                self._pool = torch.cuda.graph_pool_handle()
+            try:
+                state = self._new_state(batch, capacity, greedy)
+            except torch.OutOfMemoryError:
+                state = None
+            if all(self.tp.gather_objects(state is not None)):
+                assert state is not None
+                return state
+            state = None
+            self._states.clear()
             torch.cuda.empty_cache()
-        try:
-            return self._new_state(batch, capacity, greedy)
-        except torch.OutOfMemoryError:
-            free = torch.cuda.mem_get_info(self.tp.device)[0] / 2**30
-            raise ValueError(
-                f"the GPU has {free:.1f} GiB left, too little for keys and values of {batch} sequences of "
-                f"{capacity} tokens: lower --max-batch or --max-new-tokens, or use more ranks"
-            ) from None
+        free = torch.cuda.mem_get_info(self.tp.device)[0] / 2**30
+        raise ValueError(
+            f"a GPU has {free:.1f} GiB left, too little for keys and values of {batch} sequences of "
+            f"{capacity} tokens: lower --max-batch or --max-new-tokens, or use more ranks"
+        )
 
     def _new_state(self, batch: int, capacity: int, greedy: bool) -> DecodeState:
-        few = self.tp.device.type == "cpu" or batch <= _LAZY_BATCH
+        few = self.tp.device.type == "cpu" or batch <= LAZY_BATCH
         lazy = self.fill_kv == "lazy" or (self.fill_kv == "auto" and few)
         lazy = lazy and self.policy is not None and self.policy.chooses("heads")
         tokens, alive, left, last = torch.zeros(4, batch, dtype=torch.int64, device=self.tp.device)
@@ -447,7 +455,8 @@ class Engine:
         mail.send()
         times, launched, longest = ttft, 0, max(p.max_new_tokens for p in params)
         for i in range(longest):
-            while launched < min(i + mail.ahead, longest - 1):
+            # the first token comes before anything else is launched
+            while launched < min(i + (mail.ahead if i else 0), longest - 1):
                 if verify_every and launched % verify_every == 0:
                     dense, alive = self.dense_step(state), state.alive.clone()
                     drift.add(self.decode_step(state), dense, alive)

@@ -71,14 +71,14 @@ class TokenMail:
         Polls, because Python sees no signal while it waits inside CUDA.
 
         Raises:
-            RuntimeError: they don't come.
+            ValueError: they don't come. (No mistake of the user's, but a line and an end are what he needs.)
         """
         slot = self._received % 2
         if self._arrived:
             deadline = time.monotonic() + _HUNG_S
             while not self._arrived[slot].query():
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"a decode step has not ended after {_HUNG_S:.0f} s: is a peer gone?")
+                    raise ValueError(f"a decode step has not ended after {_HUNG_S:.0f} s: is a peer gone?")
                 time.sleep(2e-5)
         self._received += 1
         return self._slots[slot].tolist()

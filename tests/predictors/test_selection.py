@@ -1,4 +1,7 @@
-"""Taps, sets, and what a policy makes of scores."""
+"""Taps, sets, what a policy makes of scores, and when and where it does so."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,15 +10,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dejavu.kernels.predict import standardise
-from dejavu.predictors.networks import LowRank, PackedLowRank, Static
+from dejavu.kernels.sparse_mlp import sparse_mlp
+from dejavu.predictors.networks import LowRank, NeuronContribution, PackedLowRank, Static
 from dejavu.predictors.selection import (
     EVERYTHING,
     ActiveSet,
     Chosen,
     Fixed,
     HeadMean,
+    Live,
     Masked,
     Policy,
+    SetBuffers,
     Tap,
     Unit,
 )
@@ -286,3 +292,242 @@ def test_what_the_kernels_choose_is_what_scores_choose():
             rows = 1 if len(mask) == 1 else 2
             share = (float(mask.sum()) / mask.shape[1] / rows + 1) / 2  # the other layer is dense
             assert float(policy.density(kind)) == pytest.approx(share)
+
+
+def packed(kind, layer, tap, n, seed=0, **settings):
+    """A unit whose sets the kernels find."""
+    g = torch.Generator().manual_seed(seed)
+    network = LowRank(*(torch.randn(s, generator=g) for s in ((5, 16), (n, 5), (n,))))
+    return Unit(kind, layer, tap, PackedLowRank(network, 8), threshold=0.5, **settings)
+
+
+MEAN = HeadMean(torch.zeros(6, 2), torch.zeros(12))
+ALIVE = torch.tensor([1, 1, 0])
+
+
+def packed_units():
+    """In a model of three layers, the last of which is dense."""
+    return [
+        packed("mlp", 0, Tap("attn_in", 0), 40, seed=1),
+        packed("mlp", 1, Tap("attn_in", 1), 37, seed=2),
+        packed("heads", 1, Tap("mlp_in", 0), 6, seed=3, mean=MEAN),
+    ]
+
+
+def mask_of(unit, residual, *, union):
+    """What a packed unit should choose for those alive."""
+    mask = (unit.scorer(standardise(residual))[:, 0] > unit.threshold) & ALIVE.bool()[:, None]
+    return mask.any(0, keepdim=True) if union else mask
+
+
+def rows_of(mask):
+    return [row.nonzero()[:, 0].tolist() for row in mask]
+
+
+class Side:
+    """A side stream that keeps account of what happens in which order."""
+
+    def __init__(self, log):
+        self.log, self.marks = log, 0
+
+    @contextmanager
+    def beside(self):
+        self.log.append("fork")
+        yield
+        self.log.append("main")
+
+    def mark(self):
+        self.marks += 1
+        return f"event {self.marks}"
+
+    def join(self, event):
+        self.log.append(f"join {event}")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """The predictors that have run, with whether each was told that it runs beside others."""
+    log, find = [], PackedLowRank.active_set
+
+    def active_set(self, *arguments, beside=False, **options):
+        log.append(("predict", len(self.bias), beside))
+        return find(self, *arguments, beside=beside, **options)
+
+    monkeypatch.setattr(PackedLowRank, "active_set", active_set)
+    return log
+
+
+def in_a_step(overlap, side=None):
+    policy = Policy(packed_units(), 3)
+    policy.side, policy.overlap = side, overlap
+    policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
+    return policy
+
+
+RESIDUAL = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("overlap", ["tap", "none"])
+def test_predictors_start_at_their_tap(log, overlap):
+    policy = in_a_step(overlap)
+    policy.observe(Tap("attn_in", 2), RESIDUAL)
+    assert log == []
+    policy.observe(Tap("attn_in", 0), RESIDUAL)
+    assert log == [("predict", 40, False)]
+    policy.before_collective()
+    policy.neurons(0, None)
+    assert log == [("predict", 40, False)]  # once
+
+
+def test_predictors_start_with_the_next_collective(log):
+    policy = in_a_step("collective")
+    policy.observe(Tap("mlp_in", 0), RESIDUAL)
+    policy.observe(Tap("attn_in", 1), RESIDUAL)
+    assert log == []
+    policy.before_collective()
+    assert log == [("predict", 6, False), ("predict", 37, False)]
+    policy.before_collective()
+    policy.heads(1, None), policy.neurons(1, None)
+    assert len(log) == 2
+
+
+def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):
+    policy = in_a_step("collective")
+    policy.observe(Tap("attn_in", 0), RESIDUAL)
+    chosen = policy.neurons(0, None)
+    assert log == [("predict", 40, False)]
+    assert named(chosen) == rows_of(mask_of(policy.units["mlp", 0], RESIDUAL, union=True))
+
+
+def test_a_pass_forgets_what_waits_for_a_collective(log):
+    policy = in_a_step("collective")
+    policy.observe(Tap("attn_in", 0), RESIDUAL)
+    policy.begin(torch.ones(3, 1, dtype=torch.int64), ALIVE)
+    policy.before_collective()
+    assert log == []
+    with pytest.raises(KeyError):
+        policy.neurons(0, None)
+
+
+@pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
+def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
+    policy = in_a_step(overlap, Side(log))
+    policy.observe(Tap("mlp_in", 0), RESIDUAL)
+    policy.observe(Tap("attn_in", 1), RESIDUAL)
+    policy.before_collective()
+    policy.heads(1, None), policy.neurons(1, None)
+    heads, neurons = (("predict", n, overlap != "none") for n in (6, 37))
+    assert (
+        log
+        == {
+            "tap": ["fork", heads, "main", "fork", neurons, "main", "join event 1", "join event 2"],
+            "collective": ["fork", heads, neurons, "main", "join event 1", "join event 2"],
+            "none": [heads, neurons],
+        }[overlap]
+    )
+
+
+@pytest.mark.parametrize("sharing", ["union", "each"])
+@pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
+def test_sets_lie_in_the_same_place_at_every_step(overlap, sharing):
+    policy = Policy(packed_units(), 3, sharing=sharing)
+    policy.overlap = overlap
+    places, recorded, expected = set(), [], []
+    for step in range(4):
+        residual = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(step))
+        policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
+        for tap in policy._by_tap:
+            policy.observe(tap, residual)
+        chosen = [policy.neurons(0, None), policy.neurons(1, None), policy.heads(1, None)]
+        places.add(tuple(t.data_ptr() for c in chosen for t in (c.ids, c.count)))
+        recorded.append(policy.buffers(3).data.clone())
+        shared = (sharing == "union", sharing == "union", False)
+        units = policy.units.values()
+        expected.append(
+            [rows_of(mask_of(u, residual, union=union)) for u, union in zip(units, shared, strict=True)]
+        )
+        assert [named(c) for c in chosen] == expected[-1]
+    assert len(places) == 1 and expected[0] != expected[1]
+    assert policy.buffers(3) is policy.buffers(3) is not policy.buffers(2)
+
+    given_sets = policy.given(3)
+    assert given_sets.capturable
+    for data, sets in zip(recorded, expected, strict=True):
+        policy.buffers(3).data.copy_(data)
+        found = [given_sets.neurons(0, None), given_sets.neurons(1, None), given_sets.heads(1, None)]
+        assert [named(c) for c in found] == sets
+        assert {tuple(t.data_ptr() for c in found for t in (c.ids, c.count))} == places
+        assert [c.mean for c in found] == [None, None, MEAN]
+    assert given_sets.heads(0, None) is given_sets.heads(2, None) is given_sets.neurons(2, None) is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=6))
+def test_buffers_begin_at_16_bytes_and_do_not_overlap(sizes):
+    units = [SimpleNamespace() for _ in sizes]
+    buffers = SetBuffers({id(u): s for u, s in zip(units, sizes, strict=True)}, torch.device("cpu"))
+    views = []
+    for unit, (sets, n) in zip(units, sizes, strict=True):
+        ids, count = buffers.of(unit, union=False)
+        assert ids.shape == (sets, n) and count.shape == (sets,)
+        if sets == 1:
+            flat, same = buffers.of(unit, union=True)
+            assert flat.shape == (n,) and (flat.data_ptr(), same.data_ptr()) == (
+                ids.data_ptr(),
+                count.data_ptr(),
+            )
+        views += [ids, count]
+    assert all(view.dtype == torch.int32 and view.data_ptr() % 16 == 0 for view in views)
+    for number, view in enumerate(views, start=1):
+        view.fill_(number)
+    assert [set(view.flatten().tolist()) for view in views] == [{i + 1} for i in range(len(views))]
+    assert int((buffers.data != 0).sum()) == sum(view.numel() for view in views)  # all of them lie in it
+
+
+def lossless_unit(**settings):
+    return Unit("mlp", 0, None, NeuronContribution(torch.rand(8) + 0.5), sees_truth=True, **settings)
+
+
+@pytest.mark.parametrize("alive", [None, ALIVE])
+def test_what_is_live_is_for_the_kernel_to_find(alive):
+    unit = lossless_unit()
+    policy = Policy([unit], 2)
+    assert policy.capturable
+    policy.begin(torch.zeros(3, 1, dtype=torch.int64), alive)
+
+    def truth():
+        raise AssertionError("nothing need be computed twice")
+
+    choice = policy.neurons(0, truth)
+    assert isinstance(choice, Live) and choice.tally is unit.live_tally and choice.alive is alive
+    assert policy.neurons(1, truth) is None
+
+    g = torch.Generator().manual_seed(0)
+    x, fc1, fc2, bias = (torch.randn(s, generator=g) for s in ((3, 1, 4), (8, 4), (8, 4), (8,)))
+    bias -= 1.5  # few are live
+    live = (x[:, 0] @ fc1.T + bias > 0) & (torch.ones(3) if alive is None else alive).bool()[:, None]
+    union = int(live.any(0).sum())
+    assert 0 < union < 8
+    for times in (1, 2):
+        for _ in range(times):
+            sparse_mlp(x, fc1, None, bias, fc2, None, None, None, None, *choice)
+        assert float(policy.density("mlp")) == pytest.approx((union / 8 + 1) / 2)
+    assert float(policy.density("mlp")) == 1  # nothing since
+    choice.tally.add_(torch.tensor([6, 2]))
+    assert float(policy.density("mlp")) == pytest.approx((6 / 2 / 8 + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    "settings, sharing, choice",
+    [({}, "each", Chosen), ({}, "mask", Masked), ({"threshold": 0.3}, "union", Chosen)],
+)
+def test_what_is_live_is_scored_for_other_uses(settings, sharing, choice):
+    policy = begun([lossless_unit(**settings)], sharing=sharing)
+    assert isinstance(policy.neurons(0, lambda: torch.rand(3, 1, 8)), choice)
+    assert not policy.capturable
+
+
+def test_what_is_scored_in_plain_torch_is_not_captured():
+    assert Policy(packed_units(), 3).capturable
+    assert not Policy([*packed_units(), unit("heads", 2)], 3).capturable
+    assert not Policy([packed("mlp", 0, Tap("attn_in", 0), 8, refine=unit())], 1).capturable
+    assert not Policy(packed_units(), 3, sharing="mask").capturable
