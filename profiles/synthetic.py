@@ -74,9 +74,9 @@ def union66b(num_layers: int, batch: int) -> Profile:
 def synthetic_model(config: OPTConfig, tp: TPGroup, dtype: torch.dtype) -> OPTModel:
     """A rank's share of a random model, all of whose neurons are live.
 
-    Embeddings are loud and blocks are quiet: in every layer the stream is what the token and its place made it,
-    whatever blocks leave out, so that predictors find what their thresholds were set to. The head is not tied
-    (as many bytes are read), or a token would be followed by itself.
+    Embeddings are loud and blocks are quiet: in every layer the stream is what token and position made of it,
+    whatever blocks leave out, so that predictors find what their thresholds were set to. The head is not
+    tied (as many bytes are read), or a token would be followed by itself.
     """
     with torch.device("meta"):
         model = OPTModel(replace(config, tie_word_embeddings=False), tp=tp, dtype=dtype)

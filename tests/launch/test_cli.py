@@ -296,7 +296,7 @@ def test_launch_options_that_are_wrong(dejavu, options, message):
         (["mlp", "--shape", "opt-175b:two"], "shape='opt-175b:two': expected NAME or NAME:RANKS"),
         (["attention", "--weights", "int4"], "weights='int4' is unknown: use fp16, bf16, fp8, int8"),
         (["predictor", "--rank", "0"], "--rank"),
-        (["mlp", "--tune", "--batch", "4"], "--tune is for one token, not --batch 4"),
+        (["mlp", "--tune", "--batch", "40"], "--tune is for one token, or for up to 16"),
         *([] if torch.cuda.is_available() else [(["mlp"], "torch sees no CUDA device here")]),
     ],
 )
