@@ -19,16 +19,16 @@ override: dict[str, Settings] = {}
 
 def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: torch.dtype, batch: int,
              device: torch.device) -> Settings:  # fmt: skip
-    """The launch settings of ``kernel`` for weights ``[rows, columns]`` and ``batch`` tokens: those of the table,
-    else ``default``."""
+    """The launch settings of ``kernel`` for weights ``[rows, columns]`` and ``batch`` tokens: the table's or,
+    for what it does not know, ``default``."""
     if kernel in override:
         return override[kernel]
     return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype, batch), default)
 
 
 def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype, batch: int = 1) -> str:
-    """How the table names a shape: ``fc1 24576x12288 16-bit``; with ``several`` behind it for more tokens than
-    one, of which up to 16 share one reading of the weights by the same code."""
+    """How the table names a shape: ``fc1 24576x12288 16-bit``; with ``several`` behind it for more tokens
+    than one, of which up to 16 share one reading of the weights by the same code."""
     name = f"{kernel} {rows}x{columns} {8 * dtype.itemsize}-bit"
     return name if batch == 1 else f"{name} several"
 
