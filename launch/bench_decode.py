@@ -13,6 +13,7 @@ from dejavu.launch.options import AllReduce, OverlapOption, stderr
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.profiles.baselines import measure_deepspeed, measure_hf
 from dejavu.profiles.decode_bench import POLICIES, PROFILES, Bench, Row, Run
+from dejavu.profiles.decode_plots import waterfall_page
 from dejavu.profiles.records import device_slug, write_record
 from dejavu.profiles.synthetic import Lookahead, synthetic_model
 from dejavu.profiles.timing import read_bandwidth
@@ -45,7 +46,10 @@ def decode(
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the Markdown.")] = Path("results"),
     name: Annotated[str | None, typer.Option(help="Of the record; decode-DEVICE.")] = None,
 ) -> None:
-    """Time to first token and per token at published shapes, on synthetic weights, beside the floor."""
+    """Time to first token and per token at published shapes, on synthetic weights, beside the floor.
+
+    On several ranks: dejavu launch --nproc-per-node 2 bench decode
+    """
     engines, policies = engine or ["dejavu"], policy or list(POLICIES)
     for what, given, known in (
         ("engine", engines, ENGINES),
@@ -116,6 +120,9 @@ def decode(
     if tp.rank == 0:
         path = write_record(out, name or f"decode-{device_slug()}", found, synthetic_weights=True,
                             read_tb_per_s=bandwidth / 1e12)  # fmt: skip
+        if steps := [row for row in found if row["op"] == "waterfall"]:
+            title = f"{tp.size} x {torch.cuda.get_device_name(tp.device)}"
+            waterfall_page(steps, path.with_suffix(".png"), title=title)
         print(path)
     if dist.is_initialized():
         dist.barrier(group=tp.group)

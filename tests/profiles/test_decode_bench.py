@@ -266,6 +266,7 @@ def test_the_command_records_speed_ups_over_dense_and_densities(engines, dejavu,
     options = ["--density-profile", "union66b", "--out", tmp_path, "--name", "tiny", "--waterfall"]
     status, out, err = dejavu("bench", "decode", *sizes, *options)
     assert (status, out.splitlines()[-1]) == (0, str(tmp_path / "tiny.json"))
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "tiny.json").read_text())
     assert record["synthetic_weights"] is True and record["read_tb_per_s"] == BANDWIDTH / 1e12
     rows = [row for row in record["rows"] if row["op"] == "decode"]

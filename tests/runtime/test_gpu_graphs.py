@@ -7,6 +7,7 @@ import torch
 from texts import engine_of, on_a_rank, texts
 from torch.profiler import ProfilerActivity, profile
 
+from dejavu.parallel.groups import TPGroup
 from dejavu.runtime.sampling import SamplingParams
 from parity import PROMPTS
 from ranks import run_ranks
@@ -54,6 +55,15 @@ def test_requests_end_where_they_end_step_by_step():
         )
         assert found == expected
     assert captured.generate(list(PROMPTS[:1]), SamplingParams()).results[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("sparsity", "tokens"), [("lossless", 200), ("demo", 50)])
+def test_captured_text_is_the_cpus(sparsity, tokens):
+    """In fp32: predictors are packed on a GPU, so theirs may part from the CPU's later on."""
+    params = {"max_new_tokens": tokens, "ignore_eos": True}
+    for prompt in PROMPTS:
+        expected, _ = texts(engine_of(sparsity, TPGroup()), [prompt], **params)
+        assert texts(engine_of(sparsity, dtype="fp32"), [prompt], **params)[0] == expected
 
 
 def test_the_host_waits_for_nothing_in_a_step():
