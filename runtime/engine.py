@@ -141,7 +141,7 @@ class Engine:
         self.fingerprint = fingerprint
         self.policy = policy
         if fill_kv not in get_args(FillKV):
-            raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {' or '.join(get_args(FillKV))}")
+            raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {', '.join(get_args(FillKV))}")
         self.fill_kv: FillKV = fill_kv
         if overlap not in get_args(Overlap):
             raise ValueError(f"overlap={overlap!r} is unknown: use {', '.join(get_args(Overlap))}")

@@ -305,7 +305,7 @@ MISTAKES = {
     f"{GENERATE} --density 0.5": "density=0.5 belongs to predictors; dense has none",
     f"{GENERATE} --verify-every 4": "verify_every=4: expected 0 or more, and a sparse policy to verify",
     f"{GENERATE} --sparsity calibrated --verify-every -1": "--verify-every",
-    f"{GENERATE} --sparsity calibrated --fill-kv never": "fill_kv='never' is unknown: use lazy or always",
+    f"{GENERATE} --sparsity calibrated --fill-kv never": "fill_kv='never' is unknown: use auto, lazy, always",
 }
 
 

@@ -341,7 +341,7 @@ def test_the_largest_max_batch_is_taken(engine):
     "option, message",
     [
         ({"overlap": "later"}, "overlap='later' is unknown: use tap, collective, none"),
-        ({"fill_kv": "never"}, "fill_kv='never' is unknown: use auto or lazy or always"),
+        ({"fill_kv": "never"}, "fill_kv='never' is unknown: use auto, lazy, always"),
     ],
 )
 def test_options_of_an_engine_that_are_unknown(engine, option, message):
