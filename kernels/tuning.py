@@ -12,6 +12,7 @@ import torch
 
 Settings = Mapping[str, int]
 TABLE = Path(__file__).with_name("tuned.json")
+CROSSOVERS = Path(__file__).with_name("crossover.json")
 
 # What is tried instead of the table while tuning: kernel's name to settings.
 override: dict[str, Settings] = {}
@@ -39,9 +40,28 @@ def device_key(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def crossover(ffn: int, D: int, dtype: torch.dtype, batch: int, device: torch.device) -> float:
+    """The share of an MLP's neurons from which on computing all of them is as fast, for ``batch`` tokens.
+
+    Measured by `dejavu bench mlp --batch B --tune` at the powers of 2 up to 16, of which the next one counts.
+    Where nothing was: never for one token, whose sparse kernels are the dense ones; half for several, which
+    cuBLAS reads faster.
+    """
+    known = _crossovers(device_key(device)).get(shape_key("mlp", ffn, D, dtype, 1), {})
+    size = min(1 << (batch - 1).bit_length(), 16)
+    return known.get(str(size), 1.0 if batch == 1 else 0.5)
+
+
 def forget() -> None:
     """The table was written anew."""
     _table.cache_clear()
+    _crossovers.cache_clear()
+
+
+@cache
+def _crossovers(device: str) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, dict[str, float]]] = json.loads(CROSSOVERS.read_text())
+    return table.get(device, {})
 
 
 @cache

@@ -24,7 +24,7 @@ from dejavu.profiles.kernel_bench import (
 from dejavu.profiles.kernel_plots import kernel_page
 from dejavu.profiles.records import device_slug, write_record
 from dejavu.profiles.timing import read_bandwidth
-from dejavu.profiles.tune import tune, write_table
+from dejavu.profiles.tune import tune, write_crossovers, write_table
 
 app = typer.Typer(no_args_is_help=True, help="Measure the kernels of this GPU.")
 app.command("all-reduce")(all_reduce)
@@ -36,7 +36,10 @@ Shape = Annotated[
 Weights = Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp8, int8. Several times.")]
 Out = Annotated[Path, typer.Option(help="Folder for the JSON, the Markdown and the picture.")]
 Tune = Annotated[
-    bool, typer.Option("--tune", help="First renew the table of launch settings for these shapes.")
+    bool,
+    typer.Option(
+        "--tune", help="First renew the table of launch settings for these shapes; mlp: crossovers, too."
+    ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Tokens that share a step.")]
 
@@ -47,7 +50,9 @@ def mlp(shape: Shape = None, weights: Weights = None, batch: Batch = 1, tune_fir
     """The sparse MLP at densities from 1 to 0.05, beside dense cuBLAS."""
     bench, jobs = _begin("mlp", shape, weights or ["bf16", "fp8"], [0], tune_first, batch)
     rows = (row for local, dtype, _ in jobs for row in bench_mlp(bench, local, dtype, batch))
-    _finish("mlp", bench, rows, out, batch=batch)
+    found = _finish("mlp", bench, rows, out, batch=batch)
+    if tune_first:
+        write_crossovers(found, batch, bench.device)
 
 
 @app.command()
@@ -104,7 +109,7 @@ def _local(text: str) -> Local:
     return local
 
 
-def _finish(op: str, bench: Bench, rows: Iterator[Row], out: Path, *, batch: int) -> None:
+def _finish(op: str, bench: Bench, rows: Iterator[Row], out: Path, *, batch: int) -> list[Row]:
     """Runs what is measured, row by row, and writes the record and the picture."""
     found = []
     for row in rows:
@@ -114,6 +119,7 @@ def _finish(op: str, bench: Bench, rows: Iterator[Row], out: Path, *, batch: int
     path = write_record(out, name, found, synthetic_weights=True, read_tb_per_s=bench.bandwidth / 1e12)
     kernel_page(found, path.with_suffix(".png"), title=f"{op} on {torch.cuda.get_device_name(bench.device)}")
     print(path)
+    return found
 
 
 def _line(row: Row) -> str:

@@ -72,7 +72,7 @@ def _origin(manifest: Manifest) -> str:
     point = manifest.points[manifest.default or 0]
     made = "\n".join(f"  {command}" for command in manifest.commands)
     return (
-        "On a model this small choosing costs more time than it saves, with plain PyTorch on the CPU and "
-        f"with single launches on a GPU.\nThe predictors, calibrated to {manifest.target} "
+        "On a model this small choosing costs more time than it saves.\n"
+        f"The predictors, calibrated to {manifest.target} "
         f"(measured {100 * point.ppl_increase:+.2f}%), were made by\n{made}"
     )

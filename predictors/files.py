@@ -206,7 +206,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file beside ``path`` and renames."""
     beside = path.with_name(path.name + ".partial")
+    beside.touch()
+    mode = beside.stat().st_mode  # the user's own: the library's files would be for their owner alone
     save_file({name: tensor.contiguous().cpu() for name, tensor in sorted(tensors.items())}, beside)
+    beside.chmod(mode)
     with beside.open("rb+") as file:
         os.fsync(file.fileno())
     beside.replace(path)

@@ -180,6 +180,7 @@ class Unit:
     threshold: float = 0.0
     mean: HeadMean | None = None
     refine: "Unit | None" = None  # chooses again among the chosen
+    max_batch: int | None = None  # more sequences share so many neurons that all are computed
     predict_name: str = field(init=False)
     select_name: str = field(init=False)
     live_tally: Tensor | None = field(init=False, default=None)
@@ -296,7 +297,7 @@ class Policy(Selector):
         self._found.clear()
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
-        units = self._by_tap.get(tap, ())
+        units = [unit for unit in self._by_tap.get(tap, ()) if not self._is_all(unit)]
         if slow := [unit for unit in units if not self._in_one_go(unit)]:
             z = standardise(residual)
             for unit in slow:
@@ -352,6 +353,11 @@ class Policy(Selector):
             chosen = Chosen(*self.buffers(batch).of(unit, union=self._shared(unit)), unit.mean)
             sets[layer] = replace(sets[layer], **{"neurons" if kind == "mlp" else "heads": chosen})
         return Fixed(sets)
+
+    def _is_all(self, unit: Unit) -> bool:
+        """Whether the batch is so large that choosing does not pay for this unit."""
+        batch = len(self._positions)
+        return self._shared(unit) and unit.max_batch is not None and batch > unit.max_batch
 
     def _is_lossless(self, unit: Unit) -> bool:
         return unit.live_tally is not None and self.sharing == "union"
@@ -413,7 +419,7 @@ class Policy(Selector):
 
     def _choose(self, kind: Kind, layer: int, truth: Truth) -> Choice:
         unit = self.units.get((kind, layer))
-        if unit is None:
+        if unit is None or self._is_all(unit):
             return None
         if self._in_one_go(unit):
             self._start()  # if no collective has come since its tap

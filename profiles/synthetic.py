@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dejavu.kernels.predict import standardise
+from dejavu.kernels.tuning import crossover
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.networks import LowRank, PackedLowRank
 from dejavu.predictors.selection import Kind, Policy, Selector, Tap, Unit
@@ -144,11 +145,16 @@ def synthetic_policy(
     for unit in units:
         assert unit.tap is not None and isinstance(unit.scorer, PackedLowRank)
         scores: Tensor = unit.scorer(standardise(taps.at(unit.tap)))  # [T, B, n]
+        batch = scores.shape[1]
         if unit.kind == "mlp":
             scores = scores.amax(1)  # chosen for any of the batch
         density = (profile.mlp if unit.kind == "mlp" else profile.heads)[unit.layer]
         place = max(round((1 - density) * scores.numel()), 1)
         unit.threshold = float(scores.flatten().kthvalue(place).values)
+        if unit.kind == "mlp" and model.tp.device.type == "cuda":
+            ffn, D = len(unit.scorer.bias), model.config.hidden_size
+            pays = density < crossover(ffn, D, model.dtype, batch, model.tp.device)
+            unit.max_batch = None if pays else 0
         unit.scorer.threshold.fill_(unit.threshold)
     return Policy(units, model.config.num_layers, name=profile.name)
 

@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from itertools import groupby
 from multiprocessing import get_context
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from dejavu.kernels.tuning import TABLE, Settings, device_key, forget, override, shape_key
-from dejavu.profiles.kernel_bench import DTYPES, AttentionCase, Bench, Local, MLPCase, PredictorCase
+from dejavu.kernels.tuning import CROSSOVERS, TABLE, Settings, device_key, forget, override, shape_key
+from dejavu.profiles.kernel_bench import DTYPES, AttentionCase, Bench, Local, MLPCase, PredictorCase, Row
 from dejavu.profiles.records import write_file
 from dejavu.profiles.timing import Call, time_calls
 
@@ -120,6 +121,32 @@ def write_table(best: dict[str, Settings], device: torch.device) -> None:
     )
     write_file(TABLE, "{\n" + ",\n".join(rows) + "\n}\n")
     forget()
+
+
+def write_crossovers(rows: Sequence[Row], batch: int, device: torch.device) -> None:
+    """Puts the density at which each shape of ``bench_mlp``'s rows crosses to dense into its table."""
+    table = json.loads(CROSSOVERS.read_text())
+    of_device = table.setdefault(device_key(device), {})
+    for (name, tp, weights), of in groupby(rows, key=lambda row: (row["shape"], row["tp"], row["weights"])):
+        D, ffn, _, _ = Local(name, tp).sizes
+        entry = of_device.setdefault(shape_key("mlp", ffn, D, DTYPES[weights]), {})
+        entry[str(batch)] = round(crossing(list(of)), 3)
+    write_file(CROSSOVERS, json.dumps(table, indent=1, sort_keys=True) + "\n")
+    forget()
+
+
+def crossing(rows: Sequence[Row]) -> float:
+    """The density up to which the sparse MLP, all of it live, is no slower than the faster dense one."""
+    dense = min(row["us_p50"] for row in rows if row["engine"] != "dejavu")
+    ours = (row for row in rows if row["engine"] == "dejavu" and row["live"] == 1)
+    sparse = sorted((row["density"], row["us_p50"]) for row in ours)
+    below = 0.0, 0.0
+    for density, us in sparse:
+        if us > dense:
+            share = (dense - below[1]) / (us - below[1])
+            return float(below[0] + share * (density - below[0]))
+        below = density, us
+    return 1.0
 
 
 def _columns(kernel: str, local: Local, rank: int) -> int:

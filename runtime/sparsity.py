@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dejavu.kernels.tuning import crossover
 from dejavu.predictors.files import (
     Entry,
     Key,
@@ -18,6 +19,7 @@ from dejavu.predictors.files import (
 from dejavu.predictors.networks import HeadContribution, LowRank, NeuronContribution, PackedLowRank
 from dejavu.predictors.selection import HeadMean, Kind, Policy, Sharing, Tap, Unit
 from dejavu.runtime.config import OPTConfig
+from dejavu.runtime.graphs import MAX_BATCH
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.weights import DEMO
 
@@ -133,6 +135,7 @@ def build_policy(
             sees_truth=entry.method == "oracle",
             threshold=threshold,
             mean=None if mean is None else _head_mean(model, layer, mean),
+            max_batch=_max_batch(model, entry),
             refine=None if entry.refine is None else unit(entry.refine, "refine", f"{name}.refine"),
         )
 
@@ -144,6 +147,20 @@ def build_policy(
         sharing=sharing,
         dense_until=dense_until,
     )
+
+
+def _max_batch(model: OPTModel, entry: Entry) -> int | None:
+    """Up to how many sequences a layer's neurons are chosen at all: as long as their union, were they to
+    choose independently of each other (they share more), costs less than all. On a GPU; None: always."""
+    density = (entry.held_out or {}).get("density")
+    if model.tp.device.type != "cuda" or entry.kind != "mlp" or density is None:
+        return None
+    D, ffn = model.config.hidden_size, model.tp.divide(model.config.ffn_dim)
+    most = 0
+    for batch in (1 << i for i in range(MAX_BATCH.bit_length())):
+        if 1 - (1 - density) ** batch < crossover(ffn, D, model.dtype, batch, model.tp.device):
+            most = batch
+    return most
 
 
 def contribution(model: OPTModel, kind: Kind, layer: int, mean: Tensor | None = None) -> nn.Module:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dejavu.kernels import predict, qkv, sparse_attention, sparse_mlp, weighted_rows
-from dejavu.kernels.tuning import TABLE, forget, override, settings, shape_key
+from dejavu.kernels.tuning import TABLE, crossover, forget, override, settings, shape_key
 from dejavu.profiles.kernel_bench import DTYPES, SHAPES
-from dejavu.profiles.tune import candidates, write_table
+from dejavu.profiles.tune import candidates, crossing, write_crossovers, write_table
 
 CPU = torch.device("cpu")
 DEFAULTS = {
@@ -49,6 +49,26 @@ def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch,
     assert settings("fc1", {"ROWS": 2}, 64, 32, torch.float16, 3, CPU) == {"ROWS": 2}  # several tokens
     monkeypatch.setitem(override, "fc1", {"ROWS": 1})
     assert settings(*wanted) == {"ROWS": 1}
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_crossover_is_the_tables_for_the_next_power_of_2(monkeypatch, tmp_path):
+    path = tmp_path / "crossover.json"
+    path.write_text("{}")
+    for module in ("dejavu.kernels.tuning", "dejavu.profiles.tune"):
+        monkeypatch.setattr(f"{module}.CROSSOVERS", path)
+    forget()
+    of = (16384, 4096, torch.bfloat16)
+    assert [crossover(*of, batch, CPU) for batch in (1, 2, 40)] == [1.0, 0.5, 0.5]
+    row = {"shape": "opt-6.7b", "tp": 1, "weights": "bf16", "engine": "dejavu", "live": 1.0}
+    sparse = [{**row, "density": d, "us_p50": 100 * d + 20} for d in (1.0, 0.5, 0.1)]
+    slow = {**row, "density": 0.1, "us_p50": 500.0, "live": 1 / 3}
+    dense = [{**row, "engine": name, "us_p50": us} for name, us in (("cublas", 90.0), ("dejavu dense", 95.0))]
+    write_crossovers([*dense, *sparse, slow], 8, CPU)
+    assert [crossover(*of, batch, CPU) for batch in (4, 5, 8, 16)] == [0.5, 0.7, 0.7, 0.5]
+    assert crossover(16384, 4096, torch.int8, 8, CPU) == 0.5
+    assert crossing([{**dense[0], "us_p50": 125.0}, *sparse]) == 1.0
     monkeypatch.undo()
     forget()
 

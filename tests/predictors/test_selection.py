@@ -140,6 +140,18 @@ def test_neurons_are_shared_by_the_live(alive, union):
     assert float(policy.density("mlp")) == pytest.approx(len(union) / 4)
 
 
+@pytest.mark.parametrize("max_batch, chosen", [(2, False), (3, True), (4, True), (None, True)])
+def test_where_the_union_of_many_does_not_pay_all_neurons_are_computed(max_batch, chosen):
+    policy = begun([unit(max_batch=max_batch), unit("heads", max_batch=max_batch)])
+    assert (policy.neurons(0, None) is not None) == chosen and policy.heads(0, None) is not None
+    alone = Policy([unit(max_batch=max_batch, scores=SCORES[:1])], 1)
+    alone.begin(torch.zeros(1, 1, dtype=torch.int64), None)
+    assert alone.neurons(0, None) is not None
+    assert (float(policy.density("mlp")) == 1) == (
+        not chosen or named(policy.neurons(0, None)) == [[0, 1, 2, 3]]
+    )
+
+
 @pytest.mark.parametrize("kind, sharing", [("heads", "union"), ("heads", "each"), ("mlp", "each")])
 def test_each_sequence_has_its_own(kind, sharing):
     mean = HeadMean(torch.zeros(4, 2), torch.zeros(8))
