@@ -19,7 +19,8 @@ from rich.progress import (
 from dejavu.parallel.groups import global_rank
 from dejavu.predictors.selection import Overlap
 from dejavu.profiles import nvtx
-from dejavu.runtime.engine import Engine, FillKV
+from dejavu.runtime.decoding import FillKV
+from dejavu.runtime.engine import Engine
 from dejavu.runtime.loading import OnLoad
 
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]

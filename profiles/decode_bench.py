@@ -20,7 +20,7 @@ from dejavu.profiles.synthetic import Lookahead, Taps, paper75, set_live_share, 
 from dejavu.profiles.timing import Decoded, StepClock, time_calls, time_decode
 from dejavu.runtime.cache import LAZY_BATCH
 from dejavu.runtime.config import OPTConfig
-from dejavu.runtime.engine import Engine, FillKV
+from dejavu.runtime.decoding import Decoder, FillKV
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.sparsity import lossless
@@ -199,10 +199,10 @@ class Bench:
         routes = self.run.tp.routes.get(self.run.dtype)
         return "symm" if routes is not None and routes.enabled else "nccl"
 
-    def _engine(self, policy: Policy | None, parts: Parts) -> Engine:
+    def _engine(self, policy: Policy | None, parts: Parts) -> Decoder:
         reserve(self.run.tp, self.run.dtype, self.symm if parts.symm else "nccl")
         overlap: Overlap = parts.overlap
-        return Engine(self.model, None, self.run.tp, "", policy, parts.fill_kv, overlap=overlap)
+        return Decoder(self.model, self.run.tp, policy, parts.fill_kv, overlap=overlap)
 
     def _policy(self, parts: Parts) -> Policy:
         """The units that ``parts`` has; thresholds are set once for each width of the weights."""
@@ -217,7 +217,7 @@ class Bench:
         units = [unit for (kind, _), unit in whole.units.items() if kinds[kind]]
         return Policy(units, whole.num_layers, name=whole.name)
 
-    def _measure(self, policy: str, engine: Engine, run: Run | None = None) -> Row:
+    def _measure(self, policy: str, engine: Decoder, run: Run | None = None) -> Row:
         run = run or self.run
         decoding = _Decoding(run, engine)
         engine.density()  # is counted from here on
@@ -237,7 +237,7 @@ class Bench:
 class _Decoding:
     """The same random prompts, decoded from the beginning as often as is wanted."""
 
-    def __init__(self, run: Run, engine: Engine) -> None:
+    def __init__(self, run: Run, engine: Decoder) -> None:
         self._engine = engine
         self._params = [SamplingParams(max_new_tokens=run.new_tokens, ignore_eos=True)] * run.batch
         generator = torch.Generator().manual_seed(0)
@@ -256,7 +256,7 @@ class _Decoding:
 
 def _dense_taps(run: Run, model: OPTModel) -> Taps:
     """What predictors would read in a dense run of the same prompts."""
-    engine = Engine(model, None, run.tp, "", cuda_graph=False)
+    engine = Decoder(model, run.tp, cuda_graph=False)
     decoding, taps = _Decoding(run, engine), Taps()
     decoding.prefill()
     for _ in range(min(run.new_tokens - 1, 64)):
@@ -264,12 +264,12 @@ def _dense_taps(run: Run, model: OPTModel) -> Taps:
     return taps
 
 
-def step_bytes(run: Run, engine: Engine, density: dict[str, float]) -> float:
+def step_bytes(run: Run, engine: Decoder, density: dict[str, float]) -> float:
     """What a rank has to read in a step: weights, predictors, and the keys and values of chosen heads."""
     return engine.weight_bytes(density) + run.kv_bytes() * density["heads"]
 
 
-def _prediction(run: Run, engine: Engine) -> Row:
+def _prediction(run: Run, engine: Decoder) -> Row:
     """Exposed: the step with predictors, less the same step with the sets that they found given. Hidden: the
     share of what all predictors take alone, one after the other, that is not exposed."""
     policy, n = engine.policy, min(run.new_tokens - 1, 64)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dejavu.predictors.selection import EVERYTHING, Policy, Selector
+from dejavu.runtime.decoding import Decoder
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sampling import SamplingParams
 
@@ -88,15 +89,14 @@ def decode(
     Policies must have ``sharing="each"``. None is dense decoding.
     """
     parts: list[list[Scores]] = [[] for _ in policies]
-    # an engine for each, which launches step by step: a recorded step would keep its keys and values for ever
-    engines = [
-        Engine(engine.model, None, engine.tp, "", policy, engine.fill_kv, cuda_graph=False)
-        for policy in policies
+    # a decoder for each, which launches step by step: a recorded step would keep its keys and values for ever
+    decoders = [
+        Decoder(engine.model, engine.tp, policy, engine.fill_kv, cuda_graph=False) for policy in policies
     ]
     for batch in _batches(engine, windows, on_progress):
         dense = whole_pass(engine, batch[:, :-1], EVERYTHING)[:, prefix:]
-        for part, one in zip(parts, engines, strict=True):
-            part.append(_decode(one, batch, dense, prefix))
+        for part, decoder in zip(parts, decoders, strict=True):
+            part.append(_decode(decoder, batch, dense, prefix))
     return [_join(part) for part in parts]
 
 
@@ -110,14 +110,14 @@ def whole_pass(engine: Engine, token_ids: Tensor, selector: Selector) -> Tensor:
 
 
 @torch.inference_mode()
-def _decode(engine: Engine, batch: Tensor, dense: Tensor, prefix: int) -> Scores:
+def _decode(decoder: Decoder, batch: Tensor, dense: Tensor, prefix: int) -> Scores:
     length = batch.shape[1] - 1
     params = SamplingParams(max_new_tokens=length - prefix + 1, ignore_eos=True)
-    state = engine.prefill(batch[:, :prefix].tolist(), [params] * len(batch))
+    state = decoder.prefill(batch[:, :prefix].tolist(), [params] * len(batch))
     steps = []
     for i in range(prefix, length):
         state.tokens.copy_(batch[:, i])
-        logits = engine.decode_step(state)
+        logits = decoder.decode_step(state)
         steps.append(_score(logits[:, None], dense[:, i - prefix, None], batch[:, i + 1, None], prefix))
     return _join(steps, dim=1)
 

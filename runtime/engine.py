@@ -4,32 +4,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
-from dejavu.parallel.overlap import SideStream
 from dejavu.parallel.routes import reserve
-from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Overlap, Policy, Selector
-from dejavu.profiles.nvtx import nvtx_range
-from dejavu.runtime.cache import LAZY_BATCH, KVCache
+from dejavu.predictors.selection import Overlap, Policy
 from dejavu.runtime.config import parse_dtype
-from dejavu.runtime.graphs import MAX_BATCH, StepGraph, TokenMail, bucket
+from dejavu.runtime.decoding import Decoder, FillKV
+from dejavu.runtime.graphs import MAX_BATCH, TokenMail
 from dejavu.runtime.loading import OnLoad, load_model
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.request import Request, Result
-from dejavu.runtime.sampling import NO_TOKEN, Sampler, SamplingParams
+from dejavu.runtime.sampling import NO_TOKEN, SamplingParams
 from dejavu.runtime.sparsity import DENSE, load_policy
 from dejavu.runtime.text import TextStream
 from dejavu.runtime.weights import find_model
 
 OnText = Callable[[int, str], None]
-FillKV = Literal["auto", "lazy", "always"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,38 +83,14 @@ class Drift:
         }
 
 
-@dataclass(slots=True)
-class DecodeState:
-    """All that one decode step reads and writes, on the device.
-
-    ``tokens [B]``, the newest of each sequence; ``alive [B]``, 1 until a sequence is finished; ``left [B]``,
-    how many tokens it may still draw; ``last [B]``, the token that ends it (`NO_TOKEN`: none does). With
-    ``graph`` a step is its replay.
-    """
-
-    tokens: Tensor
-    alive: Tensor
-    left: Tensor
-    last: Tensor
-    cache: KVCache
-    sampler: Sampler
-    graph: StepGraph | None = None
-
-
-class Engine:
-    """One rank's engine; every rank calls the same methods with the same arguments.
+class Engine(Decoder):
+    """Answers requests by decoding; every rank calls the same methods with the same arguments.
 
     Args:
-        model: the rank's share of the network, loaded.
-        tokenizer: the Hugging Face tokenizer that belongs to it.
-        tp: the group that shares the model.
+        tokenizer: the Hugging Face tokenizer that belongs to the model.
         fingerprint: of the model, by which predictors know it.
-        policy: what decode steps compute; None: everything. Prefill is always dense.
-        fill_kv: ``lazy``: keys and values of a head are computed when it is next chosen; ``always``: those
-            of all heads at every step; ``auto``: lazy, but for more than two sequences on a GPU.
-        cuda_graph: on CUDA, whether a decode step is recorded once and replayed, or launched piece by piece
-            (then with all NVTX ranges). Policies that score in plain torch are always launched.
-        overlap: on CUDA, when predictors run: see `dejavu.predictors.selection.Overlap`.
+        name: of the model, for reports.
+        model, tp, policy, fill_kv, cuda_graph, overlap: see `Decoder`.
     """
 
     def __init__(
@@ -135,24 +106,10 @@ class Engine:
         cuda_graph: bool = True,
         overlap: Overlap = "tap",
     ) -> None:
-        self.model = model
+        super().__init__(model, tp, policy, fill_kv, cuda_graph=cuda_graph, overlap=overlap)
         self.tokenizer = tokenizer
-        self.tp = tp
         self.fingerprint = fingerprint
-        self.policy = policy
-        if fill_kv not in get_args(FillKV):
-            raise ValueError(f"fill_kv={fill_kv!r} is unknown: use {', '.join(get_args(FillKV))}")
-        self.fill_kv: FillKV = fill_kv
-        if overlap not in get_args(Overlap):
-            raise ValueError(f"overlap={overlap!r} is unknown: use {', '.join(get_args(Overlap))}")
-        self.overlap: Overlap = overlap
         self.name = name
-        on_cuda = tp.device.type == "cuda"
-        self._graphs = on_cuda and cuda_graph
-        self._side = SideStream(tp.device) if on_cuda else None
-        # by batch, greedy and policy, which a recorded step keeps in use
-        self._states: dict[tuple[int, bool, Selector | None], DecodeState] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @classmethod
@@ -242,151 +199,6 @@ class Engine:
             batch = requests[start : start + max_batch]
             self._run(batch, ttft, steps, on_text, verify_every, drift)
         return self._generation(requests, ttft, steps, drift)
-
-    @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> DecodeState:
-        """Runs the prompts' token ids through the model and samples the first token of each.
-
-        With CUDA graphs the state is good until the next call, and has places for more sequences (finished
-        ones) where their number is no power of 2.
-        """
-        capacity = max(len(ids) + p.max_new_tokens for ids, p in zip(prompts, params, strict=True))
-        state = self.reserve(len(prompts), capacity, greedy=all(p.temperature == 0 for p in params))
-        self._prefill(state, prompts, params)
-        return state
-
-    @torch.inference_mode()
-    def reserve(self, batch: int, capacity: int, *, greedy: bool) -> DecodeState:
-        """A state for ``batch`` sequences of at most ``capacity`` tokens; with CUDA graphs one that was used
-        before, or the step is recorded now.
-
-        Raises:
-            ValueError: the GPU has no memory for it.
-        """
-        if not self._graphs or not (self.policy or EVERYTHING).capturable:
-            return self._new_state(batch, capacity, greedy)
-        key = bucket(batch), greedy, self.policy
-        state = self._states.get(key)
-        if state is None or state.cache.keys.shape[3] < capacity:
-            state = self._states.pop(key, None)
-            state = None  # its memory is free before the next one's is asked for
-            capacity = min(bucket(max(capacity, 128)), self.model.config.max_position_embeddings)
-            state = self._room_for(key[0], capacity, greedy)
-            state.graph = self.graph(state)
-            self._states[key] = state
-        return state
-
-    @torch.inference_mode()
-    def graph(self, state: DecodeState, selector: Selector | None = None) -> StepGraph:
-        """The step of ``state`` with the policy, or with ``selector``, recorded; ends its sequences."""
-        state.alive.zero_()  # nothing advances while the step is recorded
-        tallies = [] if self.policy is None else self.policy.tallies()
-        before = [tally.clone() for tally in tallies]
-        graph = StepGraph(partial(self._advance, state, selector), self.tp.device, self._pool)
-        for tally, count in zip(tallies, before, strict=True):
-            tally.copy_(count)
-        return graph
-
-    def _room_for(self, batch: int, capacity: int, greedy: bool) -> DecodeState:
-        """A new state; if need be, those of other batches go. All ranks do the same: they record together."""
-        for _ in range(2):
-            if not self._states:  # torch refuses a pool whose graphs are all gone
-                self._pool = torch.cuda.graph_pool_handle()
-            try:
-                state = self._new_state(batch, capacity, greedy)
-            except torch.OutOfMemoryError:
-                state = None
-            if all(self.tp.gather_objects(state is not None)):
-                assert state is not None
-                return state
-            state = None
-            self._states.clear()
-            torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(self.tp.device)[0] / 2**30
-        raise ValueError(
-            f"a GPU has {free:.1f} GiB left, too little for keys and values of {batch} sequences of "
-            f"{capacity} tokens: lower --max-batch or --max-new-tokens, or use more ranks"
-        )
-
-    def _new_state(self, batch: int, capacity: int, greedy: bool) -> DecodeState:
-        few = self.tp.device.type == "cpu" or batch <= LAZY_BATCH
-        lazy = self.fill_kv == "lazy" or (self.fill_kv == "auto" and few)
-        lazy = lazy and self.policy is not None and self.policy.chooses("heads")
-        tokens, alive, left, last = torch.zeros(4, batch, dtype=torch.int64, device=self.tp.device)
-        return DecodeState(
-            tokens,
-            alive,
-            left,
-            last,
-            cache=self.model.empty_cache(batch, capacity, lazy=lazy),
-            sampler=Sampler.empty(batch, capacity, self.tp.device, greedy=greedy),
-        )
-
-    def _prefill(
-        self, state: DecodeState, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> None:
-        device, n = self.tp.device, len(prompts)
-        lengths = torch.tensor([len(ids) for ids in prompts])
-        padded = torch.zeros(n, int(lengths.max()), dtype=torch.int64)
-        for row, ids in zip(padded, prompts, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        token_ids, lengths = padded.to(device), lengths.to(device)
-        eos = self.model.config.eos_token_id
-        for place in (state.tokens, state.alive, state.left, state.cache.lengths):
-            place.zero_()
-        state.alive[:n] = 1
-        state.left[:n] = torch.tensor([p.max_new_tokens for p in params])
-        state.last[:n] = torch.tensor([NO_TOKEN if p.ignore_eos else eos for p in params])
-        state.sampler.begin(params)
-        with nvtx_range("prefill"):
-            cache = state.cache.first(n)
-            step = cache.prompt(token_ids.shape[1])
-            x = self.model(self.model.embed(token_ids, step.positions), cache, step)
-            last = x[torch.arange(n, device=device), lengths - 1]
-            cache.begin(lengths)
-            logits = self.model.logits(last)
-            self._draw(state, F.pad(logits, (0, 0, 0, len(state.tokens) - n)))
-
-    @torch.inference_mode()
-    def decode_step(self, state: DecodeState, selector: Selector | None = None) -> Tensor:
-        """One more token for every sequence, in place; device tensors only. Returns the logits ``[B, V]``.
-
-        A finished sequence does not advance: what it computes is overwritten by what it computes next. With
-        ``selector``, that is asked instead of the policy, in launches one by one.
-        """
-        with nvtx_range("decode"):
-            if state.graph is None or selector is not None:
-                return self._advance(state, selector)
-            return state.graph.replay()
-
-    def _advance(self, state: DecodeState, selector: Selector | None = None) -> Tensor:
-        logits = self._step(state, selector or self.policy or EVERYTHING)
-        state.cache.lengths.add_(state.alive)
-        self._draw(state, logits)
-        return logits
-
-    @torch.inference_mode()
-    def dense_step(self, state: DecodeState) -> Tensor:
-        """The logits ``[B, V]`` that the next `decode_step` would have if it were dense; changes nothing."""
-        with nvtx_range("verify"):
-            logits = self._step(state, EVERYTHING)
-            state.cache.forget_after_lengths()
-        return logits
-
-    def _step(self, state: DecodeState, selector: Selector) -> Tensor:
-        if self.policy is not None:
-            self.policy.side, self.policy.overlap = self._side, self.overlap
-        step = state.cache.step(1, state.alive)
-        tokens = state.tokens.clamp(min=0)[:, None]  # the host has not seen a NO_TOKEN yet
-        x = self.model(self.model.embed(tokens, step.positions), state.cache, step, selector)
-        return self.model.logits(x[:, -1])
-
-    def _draw(self, state: DecodeState, logits: Tensor) -> None:
-        """Logits ``[B, V]`` to the next tokens, and which sequences that finishes."""
-        with nvtx_range("sample"):
-            state.tokens.copy_(state.sampler(logits))
-            state.left.sub_(state.alive)
-            state.alive.mul_((state.left > 0) & (state.tokens != state.last))
 
     def _requests(
         self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams]
@@ -510,30 +322,3 @@ class Engine:
             dtype=self.dtype,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         )
-
-    def mean_density(self, policy: Policy, kind: Kind) -> float:
-        """What a policy has chosen since it was last asked, the mean over tokens, layers and ranks."""
-        local = policy.density(kind).to(self.tp.device)
-        return float(all_reduce(local, self.tp)) / self.tp.size
-
-    def density(self) -> dict[str, float]:
-        """The share of neurons and heads computed since the last call, the mean over steps, layers, ranks."""
-        if self.policy is None:
-            return {"mlp": 1.0, "heads": 1.0}
-        return {kind: self.mean_density(self.policy, kind) for kind in KINDS}
-
-    def weight_bytes(self, density: dict[str, float]) -> int:
-        """Bytes of weights that a decode step reads on this rank, with those of choosing."""
-        if self.policy is None:
-            return self.model.decode_bytes()
-        attention = sum(layer.self_attn.decode_bytes() for layer in self.model.layers)
-        mlp = sum(layer.mlp.decode_bytes() for layer in self.model.layers)
-        skipped = attention * (1 - density["heads"]) + mlp * (1 - density["mlp"])
-        # what sees the truth reads all of fc1; what is live then costs its row of fc2 alone
-        truth = sum(
-            self.model.layers[layer].mlp.fc1.weight.data.nbytes
-            * (1 if unit.live_tally is None else 1 - density["mlp"])
-            for (kind, layer), unit in self.policy.units.items()
-            if unit.sees_truth and kind == "mlp"
-        )
-        return int(self.model.decode_bytes() - skipped + self.policy.read_bytes() + truth)

@@ -18,7 +18,7 @@ from dejavu.profiles import decode_bench, timing
 from dejavu.profiles.decode_bench import Bench, Run
 from dejavu.profiles.synthetic import paper75, synthetic_model
 from dejavu.runtime.config import published_config
-from dejavu.runtime.engine import Engine
+from dejavu.runtime.decoding import Decoder
 from dejavu.runtime.opt import OPTModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,9 +48,9 @@ NOT_HERE = {"peak_gib", "joules_per_token"}  # what only a GPU has
 def engines(monkeypatch):
     """Steps and prefills move the clock and nothing else does; gives the engines that were measured."""
     clock, found = SimpleNamespace(ms=0.0), []
-    advance, prefill = Engine._advance, Engine.prefill
+    advance, prefill = Decoder._advance, Decoder.prefill
 
-    class Recorded(Engine):
+    class Recorded(Decoder):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             self.kept = {}
@@ -82,7 +82,7 @@ def engines(monkeypatch):
         if tp.size > 1:
             tp.routes[dtype] = SimpleNamespace(enabled=choice != "nccl")
 
-    monkeypatch.setattr(decode_bench, "Engine", Recorded)
+    monkeypatch.setattr(decode_bench, "Decoder", Recorded)
     monkeypatch.setattr(decode_bench, "reserve", reserve)
     monkeypatch.setattr(decode_bench, "time_calls", time_calls)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.ms / 1e3))
@@ -162,7 +162,7 @@ def test_exposed_is_what_predictors_add_to_a_step_and_hidden_the_rest(engines, b
 
 def test_given_sets_are_those_that_were_predicted(engines, monkeypatch):
     """The step that is timed without predictors computes the same tokens."""
-    tokens, advance = {False: [], True: []}, decode_bench.Engine._advance
+    tokens, advance = {False: [], True: []}, decode_bench.Decoder._advance
 
     def noting(self, state, selector=None):
         logits = advance(self, state, selector)
@@ -170,7 +170,7 @@ def test_given_sets_are_those_that_were_predicted(engines, monkeypatch):
             tokens[isinstance(selector, Fixed)].append(state.tokens.tolist())
         return logits
 
-    monkeypatch.setattr(decode_bench.Engine, "_advance", noting)
+    monkeypatch.setattr(decode_bench.Decoder, "_advance", noting)
     list(bench_of(batch=2, profile="union66b").rows(["sparse"], False))
     assert tokens[True][-11:] == tokens[False][-11:]
     assert len({tuple(row) for row in tokens[True][-11:]}) > 1

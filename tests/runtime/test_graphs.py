@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dejavu.predictors.selection import Policy
+from dejavu.runtime import decoding, graphs
 from dejavu.runtime import engine as engine_module
-from dejavu.runtime import graphs
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.graphs import MAX_BATCH, TokenMail, bucket
 from dejavu.runtime.sampling import NO_TOKEN, SamplingParams
@@ -228,7 +228,7 @@ class Recorded:
 @pytest.fixture
 def recording(monkeypatch):
     """Makes an engine record its steps, as on CUDA."""
-    monkeypatch.setattr(engine_module, "StepGraph", Recorded)
+    monkeypatch.setattr(decoding, "StepGraph", Recorded)
     monkeypatch.setattr(engine_module, "TokenMail", Ahead)
     monkeypatch.setattr(Recorded, "made", [], raising=False)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
