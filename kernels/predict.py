@@ -297,6 +297,7 @@ def _predict(
     # several tokens are multiplied by tensor cores, which take both sides in 16 bits (8-bit weights fit them)
     narrow = torch.float16 if up.dtype.itemsize == 1 else up.dtype
     hidden_dtype = torch.float32 if len(residual) == 1 else narrow
+    beside = beside and len(residual) == 1
     hidden = launch_down(residual, down, down_scale, down_sums, hidden_dtype, relu=relu, beside=beside)
     launch_up(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside=beside)
 
@@ -311,14 +312,14 @@ def launch_down(
     relu: bool = False,
     beside: bool = False,
 ) -> Tensor:
-    """The first layer: ``[B, r]``. See `predict`."""
+    """The first layer: ``[B, r]``. See `predict`; ``beside`` is for one token."""
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), has_pdl(device)
     hidden = torch.empty(B, r, dtype=dtype, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
-    if beside and B == 1:
+    if beside:
         chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
-    programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside and B == 1)
+    programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
     _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
         down,
@@ -358,11 +359,11 @@ def launch_up(
     blocks, pdl = triton.cdiv(B, tokens), has_pdl(device)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
-    if beside and B == 1:
+    if beside:
         chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
-    _up_kernel[(_programs(row_blocks, device, beside and B == 1), blocks)](
+    _up_kernel[(_programs(row_blocks, device, beside), blocks)](
         hidden,
         up,
         up_scale,

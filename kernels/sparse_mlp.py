@@ -186,11 +186,12 @@ def _sparse_mlp(
             _sparse_mlp(x.view(B, D)[some], *weights, out.view(B, D)[some], live_tally, here)
         return
     h = torch.empty(B, ffn, dtype=torch.float32, device=x.device)
-    want_live = live_tally is not None
-    live = torch.empty(1, ffn if want_live else 0, dtype=torch.int8, device=x.device)
     chosen = dict(settings("fc1", default_settings(D, fc1.dtype, T), ffn, D, fc1.dtype, T, x.device))
     blocks = triton.cdiv(ffn, chosen["ROWS"])
-    sizes = torch.empty(1, blocks if want_live else 0, dtype=torch.int32, device=x.device)
+    live = sizes = None
+    if live_tally is not None:
+        live = torch.empty(1, ffn, dtype=torch.int8, device=x.device)
+        sizes = torch.empty(1, blocks, dtype=torch.int32, device=x.device)
     programs = min(num_sms(x.device) * chosen.pop("PROGRAMS"), blocks)
     _fc1_kernel[(programs, sets)](
         x,
@@ -210,17 +211,18 @@ def _sparse_mlp(
         HAS_BIAS=fc1_bias is not None,
         HAS_IDS=ids is not None,
         HAS_ALIVE=alive is not None,
-        LIVE=want_live,
+        LIVE=live is not None,
         TOKENS=token_block(T),
         **chosen,
     )
     skip = ids is not None  # of those that were chosen
-    if want_live:
+    if live is not None and sizes is not None:
         ids = torch.empty(ffn, dtype=torch.int32, device=x.device)
         count = torch.empty(1, dtype=torch.int32, device=x.device)
         launch_compact(live, sizes, chosen["ROWS"], ids, count, alive, live_tally)
+    in_place = live is not None
     weighted_rows(
-        h, fc2, fc2_scale, ids, count, out.view(B, D), in_place=want_live, skip_zeros=skip, name="fc2"
+        h, fc2, fc2_scale, ids, count, out.view(B, D), in_place=in_place, skip_zeros=skip, name="fc2"
     )
 
 

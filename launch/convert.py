@@ -10,17 +10,16 @@ from dejavu.launch.pipeline import (
     AsJson,
     Tokens,
     Window,
-    _check_folder,
-    _command,
-    _conditions,
-    _corpus,
-    _percent,
-    _show,
-    _table,
+    check_folder,
+    conditions_of,
+    corpus_of,
+    make_table,
+    percent,
+    show_tables,
 )
 from dejavu.parallel.groups import global_rank
 from dejavu.predictors.balance import PREDICTORS, balance, blocks_of
-from dejavu.profiles.records import write_record
+from dejavu.profiles.records import command_line, write_record
 from dejavu.runtime.sparsity import find_predictors
 from dejavu.runtime.weights import DEMO, find_model
 
@@ -55,9 +54,9 @@ def convert_command(
     directory = find_predictors(DEMO) if predictors == DEMO else Path(predictors).expanduser()
     engine = load_engine(model, dtype, device)
     name = name or f"balance-{engine.name}"
-    _check_folder(results, name)
-    counted = _corpus(engine, balance_text, window, part, tokens)
-    reported = _corpus(engine, balance_text, window, report_part, tokens)
+    check_folder(results, name)
+    counted = corpus_of(engine, balance_text, window, part, tokens)
+    reported = corpus_of(engine, balance_text, window, report_part, tokens)
     with bar("balancing") as progress:
         found = balance(
             engine,
@@ -66,7 +65,7 @@ def convert_command(
             out,
             counted,
             reported,
-            command=_command(),
+            command=command_line(),
             on_progress=progress,
         )
     if global_rank() != 0:
@@ -75,14 +74,14 @@ def convert_command(
     if results is not None:
         config = engine.model.config
         conditions = {
-            **_conditions(engine, reported),
+            **conditions_of(engine, reported),
             "predictors": found.manifest.method,
             "counted_characters": [counted.start, counted.stop],
             "counted_tokens": counted.tokens,
             "blocks": {"mlp": blocks_of(config.ffn_dim), "heads": blocks_of(config.num_heads)},
         }
-        where += f"; {write_record(results, name, found.rows, command=_command(), **conditions)} and .md"
-    _show([_ranks_table(found.rows), _tokens_table(found.rows)], as_json, {"rows": found.rows}, where)
+        where += f"; {write_record(results, name, found.rows, **conditions)} and .md"
+    show_tables([_ranks_table(found.rows), _tokens_table(found.rows)], as_json, {"rows": found.rows}, where)
 
 
 def _ranks_table(rows: list[dict[str, Any]]) -> Any:
@@ -90,15 +89,15 @@ def _ranks_table(rows: list[dict[str, Any]]) -> Any:
     cells = [
         [row["kind"], row["ranks"], *(f"{row[c]:.3f}" for c in columns[2:])] for row in rows if "ranks" in row
     ]
-    return _table("the slowest rank over the mean", columns, cells)
+    return make_table("the slowest rank over the mean", columns, cells)
 
 
 def _tokens_table(rows: list[dict[str, Any]]) -> Any:
     columns = ["p5", "p95", "layer_p5", "layer_p95"]
     cells = [
-        [row["tokens of"], row["layers"], _percent(row["density"]), *(f"{row[c]:.3f}" for c in columns)]
+        [row["tokens of"], row["layers"], percent(row["density"]), *(f"{row[c]:.3f}" for c in columns)]
         for row in rows
         if "tokens of" in row
     ]
     titles = ["kind", "layers", "density", "p5", "p95", "p5 of a layer", "p95 of a layer"]
-    return _table("what a token chooses over the mean token", titles, cells)
+    return make_table("what a token chooses over the mean token", titles, cells)

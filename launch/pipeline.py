@@ -23,7 +23,7 @@ from dejavu.predictors.train import TrainConfig, train
 from dejavu.profiles.evaluate import Asked, evaluate
 from dejavu.profiles.plots import study_page
 from dejavu.profiles.quality_plots import predictor_page, quality_page
-from dejavu.profiles.records import existing_folder, write_record
+from dejavu.profiles.records import command_line, existing_folder, write_record
 from dejavu.profiles.study_tables import study_rows, study_tables
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sparsity import DENSE, LOSSLESS, find_predictors, load_policy
@@ -52,17 +52,17 @@ def study_command(
     as_json: AsJson = False,
 ) -> None:
     """Does this model have contextual sparsity? Tables, study.json and a page of plots."""
-    _check_folder(out, name)
+    check_folder(out, name)
     engine = load_engine(model, dtype, device)
-    corpus = _corpus(engine, text, window, part, tokens)
+    corpus = corpus_of(engine, text, window, part, tokens)
     with bar("studying") as progress:
         found = study(engine, corpus, optional=optional, on_progress=progress)
     if global_rank() != 0:
         return
-    conditions = _conditions(engine, corpus)
-    path = write_record(out, name, study_rows(found), command=_command(), **conditions, study=found)
+    conditions = conditions_of(engine, corpus)
+    path = write_record(out, name, study_rows(found), **conditions, study=found)
     study_page(found, path.with_suffix(".png"))
-    _show(study_tables(found), as_json, found, f"{path}, .md and .png")
+    show_tables(study_tables(found), as_json, found, f"{path}, .md and .png")
 
 
 def collect_command(
@@ -81,7 +81,7 @@ def collect_command(
 ) -> None:
     """Write activations for training, to memory-mapped files; started again, it goes on where it was."""
     engine = load_engine(model, dtype, device)
-    corpus = _corpus(engine, text, window, part, tokens)
+    corpus = corpus_of(engine, text, window, part, tokens)
     engine.policy = engine.tp.agree(
         lambda: load_policy(
             sparsity, engine.model, engine.fingerprint, density=density, sharing="mask", dense_until=1
@@ -92,7 +92,7 @@ def collect_command(
     said = f"{corpus.tokens} tokens of {corpus.file}: {out} will have {size / 1e9:.2f} GB"
     stderr().print(said, soft_wrap=True)
     with bar("collecting") as progress:
-        collect(engine, corpus, out, sparsity=whose, command=_command(), on_progress=progress)
+        collect(engine, corpus, out, sparsity=whose, command=command_line(), on_progress=progress)
 
 
 def train_command(
@@ -150,7 +150,9 @@ def train_command(
     tp = init_tp(pick_device(device))
     directory = tp.agree(lambda: find_model(model))
     with bar("training") as progress:
-        train(directory, traces, out, config, tp=tp, start=start, command=_command(), on_progress=progress)
+        train(
+            directory, traces, out, config, tp=tp, start=start, command=command_line(), on_progress=progress
+        )
     stderr().print(f"{out} is there; next: dejavu calibrate --predictors {out}", soft_wrap=True)
 
 
@@ -180,7 +182,7 @@ def calibrate_command(
         head_density=head_density,
     )
     engine = load_engine(model, dtype, device)
-    corpus = _corpus(engine, text, window, part, tokens)
+    corpus = corpus_of(engine, text, window, part, tokens)
     with bar("calibrating") as progress:
         manifest = calibrate(
             engine,
@@ -188,14 +190,16 @@ def calibrate_command(
             predictors,
             target,
             search_tokens=search_tokens,
-            command=_command(),
+            command=command_line(),
             on_progress=progress,
         )
     if global_rank() != 0:
         return
     predictor_page(manifest, predictors / "report.png")
     tables = [_points_table(manifest), _layers_table(manifest)]
-    _show(tables, as_json, manifest.model_dump(mode="json"), f"{predictors}/manifest.json and report.png")
+    show_tables(
+        tables, as_json, manifest.model_dump(mode="json"), f"{predictors}/manifest.json and report.png"
+    )
 
 
 def eval_command(
@@ -219,9 +223,9 @@ def eval_command(
     as_json: AsJson = False,
 ) -> None:
     """Quality of policies side by side, decoding token by token, each sequence with its own sets."""
-    _check_folder(out, name)
+    check_folder(out, name)
     engine = load_engine(model, dtype, device)
-    corpus = _corpus(engine, text, window, part, tokens)
+    corpus = corpus_of(engine, text, window, part, tokens)
     asked = [_asked(spec) for spec in sparsity]
     with bar("evaluating") as progress:
         rows = evaluate(engine, corpus, asked, prefixes=prefix or (1, 256), on_progress=progress)
@@ -229,13 +233,13 @@ def eval_command(
         return
     where = ""
     if out is not None:
-        path = write_record(out, name, rows, command=_command(), **_conditions(engine, corpus))
+        path = write_record(out, name, rows, **conditions_of(engine, corpus))
         quality_page(rows, path.with_suffix(".png"), title=f"{engine.name}, {corpus.file}")
         where = f"{path}, .md and .png"
-    _show([_quality_table(rows)], as_json, {"rows": rows}, where)
+    show_tables([_quality_table(rows)], as_json, {"rows": rows}, where)
 
 
-def _corpus(engine: Engine, text: Path, window: int, part: str, tokens: int | None) -> Corpus:
+def corpus_of(engine: Engine, text: Path, window: int, part: str, tokens: int | None) -> Corpus:
     limit = engine.model.config.max_position_embeddings
     if window > limit:
         raise ValueError(f"windows of {window} tokens do not fit the model's {limit} positions")
@@ -253,7 +257,7 @@ def _whose(sparsity: str, density: float | None) -> str:
     return f"{directory.name} {digest}" + ("" if density is None else f" at {density:g}")
 
 
-def _conditions(engine: Engine, corpus: Corpus) -> dict[str, Any]:
+def conditions_of(engine: Engine, corpus: Corpus) -> dict[str, Any]:
     return {
         "model": engine.name,
         "text": corpus.file,
@@ -265,20 +269,7 @@ def _conditions(engine: Engine, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _command() -> str:
-    """What was typed, without the folders of this machine."""
-    return " ".join(["dejavu", *map(_without_folders, sys.argv[1:])])
-
-
-def _without_folders(argument: str) -> str:
-    """Hub ids and parts (1/2) have slashes too, but are no paths."""
-    option, equals, value = argument.rpartition("=")
-    path = Path(value.partition("@")[0])
-    is_path = path.is_absolute() or value.startswith(("~", ".")) or path.exists()
-    return option + equals + (value.rstrip("/").rpartition("/")[2] if is_path else value)
-
-
-def _check_folder(out: Path | None, name: str) -> None:
+def check_folder(out: Path | None, name: str) -> None:
     """Whether results can be written there, before the work is done.
 
     Raises:
@@ -319,7 +310,7 @@ def _ranks(given: list[str]) -> dict[str, int]:
     return ranks
 
 
-def _show(tables: list[Table], as_json: bool, result: dict[str, Any], where: str) -> None:
+def show_tables(tables: list[Table], as_json: bool, result: dict[str, Any], where: str) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables:
         console.print(table)
@@ -329,7 +320,7 @@ def _show(tables: list[Table], as_json: bool, result: dict[str, Any], where: str
         print_line(json.dumps(result))
 
 
-def _table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
+def make_table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column in ("policy", "tap") else "right")
@@ -342,15 +333,15 @@ def _points_table(manifest: Manifest) -> Table:
     rows = [
         [
             "default" if i == manifest.default else "",
-            _percent(point.mlp_density),
-            _percent(point.head_density),
+            percent(point.mlp_density),
+            percent(point.head_density),
             f"{100 * point.ppl_increase:+.2f}%",
             point.kl,
         ]
         for i, point in enumerate(manifest.points)
     ]
     columns = ["", "MLP density", "head density", "perplexity", "KL"]
-    return _table(f"calibrated to {manifest.target}", columns, rows)
+    return make_table(f"calibrated to {manifest.target}", columns, rows)
 
 
 def _layers_table(manifest: Manifest) -> Table:
@@ -358,14 +349,14 @@ def _layers_table(manifest: Manifest) -> Table:
     for entry in manifest.entries:
         held_out = entry.held_out or {}
         shares = [
-            _percent(held_out[name]) if name in held_out else None
+            percent(held_out[name]) if name in held_out else None
             for name in ("density", "recall", "weighted_recall", "precision", "live")
         ]
         rows.append(
             [entry.name, entry.tap or "-", entry.rank, *(shares if held_out else ["dense", *[None] * 4])]
         )
     columns = ["predictor", "tap", "rank", "density", "recall", "weighted recall", "precision", "live"]
-    return _table("at the default point, on text that was not trained on", columns, rows)
+    return make_table("at the default point, on text that was not trained on", columns, rows)
 
 
 def _quality_table(rows: list[dict[str, Any]]) -> Table:
@@ -373,20 +364,20 @@ def _quality_table(rows: list[dict[str, Any]]) -> Table:
         [
             row["policy"],
             row["prefix"],
-            _percent(row["density_mlp"]),
-            _percent(row["density_heads"]),
+            percent(row["density_mlp"]),
+            percent(row["density_heads"]),
             row["ppl"],
             f"{100 * row['ppl_increase']:+.3f}%",
             _interval(row),
-            _percent(row["top1"]),
+            percent(row["top1"]),
             row["kl"],
             row["icl"],
-            _percent(row["total_share_mlp"]) if "total_share_mlp" in row else None,
+            percent(row["total_share_mlp"]) if "total_share_mlp" in row else None,
         ]
         for row in rows
     ]
     columns = ["policy", "dense prefix", "MLP", "heads", "ppl", "increase", "95% interval", "top-1", "KL"]
-    return _table("quality", [*columns, "ICL", "MLP bytes"], cells)
+    return make_table("quality", [*columns, "ICL", "MLP bytes"], cells)
 
 
 def _interval(row: dict[str, Any]) -> str | None:
@@ -394,7 +385,7 @@ def _interval(row: dict[str, Any]) -> str | None:
     return None if low is None else f"{100 * low:+.3f} to {100 * high:+.3f}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.2f}%"
 
 

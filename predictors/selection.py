@@ -360,7 +360,7 @@ class Policy(Selector):
         return self._shared(unit) and unit.max_batch is not None and batch > unit.max_batch
 
     def _is_lossless(self, unit: Unit) -> bool:
-        return unit.live_tally is not None and self.sharing == "union"
+        return unit.live_tally is not None and self._shared(unit)
 
     def _shared(self, unit: Unit) -> bool:
         return unit.kind == "mlp" and self.sharing == "union"
@@ -439,7 +439,7 @@ class Policy(Selector):
             mask = mask[:, 0]
             if self._alive is not None:
                 mask = mask & self._alive.bool()[:, None]
-            if kind == "mlp" and self.sharing == "union":
+            if self._shared(unit):
                 mask = mask.any(0)
             self.count(unit, mask, truth)
             return Chosen.from_mask(mask, unit.mean)

@@ -4,7 +4,7 @@ Shape legend: B tokens, D hidden.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dejavu.parallel.collectives import all_reduce, reduce_residual_norm
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.routes import DTYPES, OPS, TABLE, Route, candidates, only, reserve, section, table_key
 from dejavu.profiles.records import write_file
-from dejavu.profiles.timing import Call, time_calls
+from dejavu.profiles.timing import Call, Times, time_calls
 
 Row = dict[str, Any]
 DTYPE = torch.bfloat16
@@ -38,6 +38,14 @@ def bench_all_reduce(tp: TPGroup, replays: int = 40) -> Iterator[Row]:
                 routes.table = only(route)
                 yield _row(tp, op, route, B, D, [call_of(tp, B, D)] * _CALLS, replays)
     routes.table = stored
+
+
+def slowest_rank(tp: TPGroup, calls: Sequence[Call], replays: int = 40) -> Times:
+    """What the calls take on the rank where they take longest. Every rank calls it."""
+    torch.cuda.synchronize(tp.device)
+    tp.gather_objects(None)  # begin together
+    own = time_calls(calls, replays)
+    return Times(*(max(column) for column in zip(*tp.gather_objects((own.p50, own.p99)), strict=True)))
 
 
 def write_table(rows: list[Row], gpu: str, ranks: int) -> None:
@@ -64,11 +72,7 @@ def _fastest(rows: list[Row], routes: list[Route]) -> dict[str, Route]:
 
 
 def _row(tp: TPGroup, op: str, route: Route, B: int, D: int, calls: list[Call], replays: int) -> Row:
-    torch.cuda.synchronize(tp.device)
-    tp.gather_objects(None)  # begin together
-    times = time_calls(calls, replays)
-    everyone = tp.gather_objects((times.p50, times.p99))
-    p50, p99 = (max(column) for column in zip(*everyone, strict=True))
+    times = slowest_rank(tp, calls, replays)
     nbytes = B * D * DTYPE.itemsize
     return {
         "op": op,
@@ -76,9 +80,9 @@ def _row(tp: TPGroup, op: str, route: Route, B: int, D: int, calls: list[Call], 
         "tp": tp.size,
         "batch": B,
         "bytes": nbytes,
-        "us_p50": p50,
-        "us_p99": p99,
-        "gb_per_s": nbytes / p50 / 1e3,
+        "us_p50": times.p50,
+        "us_p99": times.p99,
+        "gb_per_s": nbytes / times.p50 / 1e3,
     }
 
 

@@ -201,8 +201,7 @@ class Bench:
 
     def _engine(self, policy: Policy | None, parts: Parts) -> Decoder:
         reserve(self.run.tp, self.run.dtype, self.symm if parts.symm else "nccl")
-        overlap: Overlap = parts.overlap
-        return Decoder(self.model, self.run.tp, policy, parts.fill_kv, overlap=overlap)
+        return Decoder(self.model, self.run.tp, policy, parts.fill_kv, overlap=parts.overlap)
 
     def _policy(self, parts: Parts) -> Policy:
         """The units that ``parts`` has; thresholds are set once for each width of the weights."""

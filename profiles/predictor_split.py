@@ -15,8 +15,9 @@ from dejavu.kernels.predict import launch_down, launch_up
 from dejavu.parallel.collectives import reduce_residual_norm
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.routes import reserve
+from dejavu.profiles.all_reduce_bench import slowest_rank
 from dejavu.profiles.kernel_bench import DTYPES, Local, random_weight
-from dejavu.profiles.timing import Call, time_calls
+from dejavu.profiles.timing import Call
 
 Row = dict[str, Any]
 _DTYPE = torch.bfloat16
@@ -32,11 +33,8 @@ def bench_split(tp: TPGroup, name: str = "opt-175b", rank: int = 1024) -> Iterat
     boundary_us = 0.0
     for way, weights in _WAYS:
         calls = _Boundary(tp, Local(name, tp.size), weights, rank).calls(way)
-        torch.cuda.synchronize(tp.device)
-        tp.gather_objects(None)  # begin together
-        times = time_calls(calls)
-        p50, p99 = (max(column) for column in zip(*tp.gather_objects((times.p50, times.p99)), strict=True))
-        boundary_us = boundary_us or p50
+        times = slowest_rank(tp, calls)
+        boundary_us = boundary_us or times.p50
         yield {
             "op": "boundary and predictor",
             "shape": name,
@@ -44,9 +42,9 @@ def bench_split(tp: TPGroup, name: str = "opt-175b", rank: int = 1024) -> Iterat
             "rank": rank,
             "predictor": way,
             "weights": weights,
-            "us_p50": p50,
-            "us_p99": p99,
-            "us_over_the_boundary": p50 - boundary_us,
+            "us_p50": times.p50,
+            "us_p99": times.p99,
+            "us_over_the_boundary": times.p50 - boundary_us,
         }
 
 

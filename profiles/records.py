@@ -22,7 +22,7 @@ def write_record(
     Args:
         directory: where to; ``profiles/results`` for what is committed.
         rows: one measurement each; the table's columns are the keys of all rows.
-        command: what a reader types to get the same; by default this process's own arguments.
+        command: what a reader types to get the same; by default what this process was asked.
         conditions: dtype, shape, tp, batch and whatever else holds for every row.
 
     Returns:
@@ -30,7 +30,7 @@ def write_record(
     """
     record = {
         "name": name,
-        "command": command or " ".join([_program(), *sys.argv[1:]]),
+        "command": command or command_line(),
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(),
@@ -59,6 +59,19 @@ def write_file(path: Path, text: str) -> None:
 def existing_folder(path: Path) -> Path:
     """``path`` or the nearest folder above it that is there: whose disk and rights ``path`` will have."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def command_line() -> str:
+    """What was typed, without the folders of this machine."""
+    return " ".join(["dejavu", *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(argument: str) -> str:
+    """Hub ids and parts (1/2) have slashes too, but are no paths."""
+    option, equals, value = argument.rpartition("=")
+    path = Path(value.partition("@")[0])
+    is_path = path.is_absolute() or value.startswith(("~", ".")) or path.exists()
+    return option + equals + (value.rstrip("/").rpartition("/")[2] if is_path else value)
 
 
 def device_name() -> str:
@@ -105,12 +118,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _program() -> str:
-    """What this process is called, not where it lies."""
-    name = Path(sys.argv[0]).name
-    return "dejavu" if name == "cli.py" else name
 
 
 def _commit() -> str:

@@ -92,10 +92,14 @@ class Decoder:
         With CUDA graphs the state is good until the next call, and has places for more sequences (finished
         ones) where their number is no power of 2.
         """
-        capacity = max(len(ids) + p.max_new_tokens for ids, p in zip(prompts, params, strict=True))
-        state = self.reserve(len(prompts), capacity, greedy=all(p.temperature == 0 for p in params))
+        state = self.reserve_for(prompts, params)
         self._prefill(state, prompts, params)
         return state
+
+    def reserve_for(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> DecodeState:
+        """A state that takes these prompts and all that may come after them. See `reserve`."""
+        capacity = max(len(ids) + p.max_new_tokens for ids, p in zip(prompts, params, strict=True))
+        return self.reserve(len(prompts), capacity, greedy=all(p.temperature == 0 for p in params))
 
     @torch.inference_mode()
     def reserve(self, batch: int, capacity: int, *, greedy: bool) -> DecodeState:
@@ -108,14 +112,14 @@ class Decoder:
         if not self._graphs or not (self.policy or EVERYTHING).capturable:
             return self._new_state(batch, capacity, greedy)
         key = bucket(batch), greedy, self.policy
-        state = self._states.get(key)
-        if state is None or state.cache.keys.shape[3] < capacity:
-            state = self._states.pop(key, None)
-            state = None  # its memory is free before the next one's is asked for
-            capacity = min(bucket(max(capacity, 128)), self.model.config.max_position_embeddings)
-            state = self._room_for(key[0], capacity, greedy)
-            state.graph = self.graph(state)
-            self._states[key] = state
+        if (state := self._states.get(key)) is not None and state.cache.keys.shape[3] >= capacity:
+            return state
+        del state
+        self._states.pop(key, None)  # its memory is free before the next one's is asked for
+        capacity = min(bucket(max(capacity, 128)), self.model.config.max_position_embeddings)
+        state = self._room_for(key[0], capacity, greedy)
+        state.graph = self.graph(state)
+        self._states[key] = state
         return state
 
     @torch.inference_mode()

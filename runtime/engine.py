@@ -258,11 +258,10 @@ class Engine(Decoder):
         The host reads a step's tokens while the next step runs. The device ends a sequence by itself at its
         end of text or last token; where a stop string ends it, one step more is computed and not looked at.
         """
-        params = [r.params for r in batch]
-        capacity = max(len(r.prompt_ids) + r.params.max_new_tokens for r in batch)
-        state = self.reserve(len(batch), capacity, greedy=all(p.temperature == 0 for p in params))
+        prompts, params = [r.prompt_ids for r in batch], [r.params for r in batch]
+        state = self.reserve_for(prompts, params)
         clock = time.perf_counter()
-        self._prefill(state, [r.prompt_ids for r in batch], params)
+        self._prefill(state, prompts, params)
         mail = TokenMail(state.tokens)
         mail.send()
         times, launched, longest = ttft, 0, max(p.max_new_tokens for p in params)

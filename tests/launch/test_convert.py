@@ -1,14 +1,10 @@
 """`dejavu convert --balance` on the embedded model, and what goes wrong with it."""
 
-import io
 import json
-import random
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from command import DID, WHAT, WHO, dejavu, last_object, sentences
 
-from dejavu.launch import cli
 from dejavu.predictors.files import read_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,32 +12,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ["--device", "cpu"]
 
 
-def dejavu(*arguments):
-    """Runs the command in this process: (status, standard output, standard error)."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["dejavu", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-    return exit.value.code or 0, out.getvalue(), err.getvalue()
-
-
-def last_object(out):
-    return json.loads(out.splitlines()[-1])
-
-
-def sentences(n):
-    draw = random.Random(1)
-    who = ["The old man", "The captain", "A boy", "His sister", "The doctor", "Nobody in the village"]
-    did = ["looked at", "had never seen", "thought of", "was afraid of", "went down to", "came back from"]
-    what = ["the sea", "the dark house", "the long road", "her letters", "a ship in the harbour", "the hill"]
-    return "\n".join(f"{draw.choice(who)} {draw.choice(did)} {draw.choice(what)}." for _ in range(n))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
-    (folder / "text.txt").write_text(sentences(300))
+    (folder / "text.txt").write_text(sentences(300, WHO, DID, WHAT))
     return folder
 
 

@@ -1,32 +1,19 @@
 """From a text to sparse generation through the command line, and what goes wrong on the way."""
 
-import io
 import json
 import os
-import random
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
+from command import DID, WHAT, WHEN, WHO, dejavu, last_object, sentences
 from safetensors.torch import load_file, save_file
 
-from dejavu.launch import cli
 from models import make_model
 
 CPU = ["--device", "cpu"]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def dejavu(*arguments):
-    """Runs the command in this process: (status, standard output, standard error)."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["dejavu", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-    return exit.value.code or 0, out.getvalue(), err.getvalue()
 
 
 def launched(*arguments):
@@ -36,25 +23,10 @@ def launched(*arguments):
     return run.returncode, run.stdout, run.stderr
 
 
-def last_object(out):
-    return json.loads(out.splitlines()[-1])
-
-
-def sentences(n):
-    draw = random.Random(1)
-    who = ["The old man", "The captain", "A boy", "His sister", "The doctor", "Nobody in the village"]
-    did = ["looked at", "had never seen", "thought of", "was afraid of", "went down to", "came back from"]
-    what = ["the sea", "the dark house", "the long road", "her letters", "a ship in the harbour", "the hill"]
-    when = ["in the morning", "when the night came", "after the war", "for a long time", "without a word"]
-    return "\n".join(
-        f"{draw.choice(who)} {draw.choice(did)} {draw.choice(what)} {draw.choice(when)}." for _ in range(n)
-    )
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "text.txt"
-    path.write_text(sentences(450))
+    path.write_text(sentences(450, WHO, DID, WHAT, WHEN))
     return path
 
 

@@ -3,15 +3,15 @@
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from command import dejavu
 
-from dejavu.launch import bench_decode, cli
+from dejavu.launch import bench_decode
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.selection import Fixed
 from dejavu.profiles import decode_bench, timing
@@ -20,18 +20,11 @@ from dejavu.profiles.synthetic import paper75, synthetic_model
 from dejavu.runtime.config import published_config
 from dejavu.runtime.decoding import Decoder
 from dejavu.runtime.opt import OPTModel
+from models import tiny_opt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = replace(
-    published_config("opt-125m"),
-    hidden_size=128,
-    ffn_dim=512,
-    num_heads=16,
-    word_embed_proj_dim=128,
-    vocab_size=500,
-    max_position_embeddings=128,
-)
+CONFIG = tiny_opt(128, vocab_size=500, max_position_embeddings=128)
 # of steps that choose nothing, that predict, and that are given their sets; of a prefill; of one predictor
 DENSE_MS, SPARSE_MS, GIVEN_MS, PREFILL_MS, PREDICTOR_US = 4.0, 2.5, 2.0, 10.0, 50.0
 BANDWIDTH = 1e9
@@ -237,20 +230,6 @@ def test_what_there_is_not_has_no_line(engines, monkeypatch):
     assert set(routes[1]) - set(routes[8]) == {"+ skipped projections", "all but skipped projections"}
 
 
-@pytest.fixture
-def dejavu(monkeypatch, capfd):
-    """Runs the command in this process: (status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dejavu", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capfd.readouterr()
-        return exit.value.code or 0, out, err
-
-    return run
-
-
 def on_a_gpu(monkeypatch, **config):
     """The command believes that there is one, and that published models are tiny."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -260,7 +239,7 @@ def on_a_gpu(monkeypatch, **config):
     monkeypatch.setattr(bench_decode, "published_config", lambda _: replace(CONFIG, **config))
 
 
-def test_the_command_records_speed_ups_over_dense_and_densities(engines, dejavu, monkeypatch, tmp_path):
+def test_the_command_records_speed_ups_over_dense_and_densities(engines, monkeypatch, tmp_path):
     on_a_gpu(monkeypatch)
     sizes = ["--batch", 1, "--batch", 2, "--prompt-len", 8, "--new-tokens", 6, "--predictor-rank", 8]
     options = ["--density-profile", "union66b", "--out", tmp_path, "--name", "tiny", "--waterfall"]
@@ -288,7 +267,7 @@ def test_the_command_records_speed_ups_over_dense_and_densities(engines, dejavu,
         assert bool(re.search(r"exposed 20\.0%, hidden \d+%$", said)) == (row["policy"] == "sparse")
 
 
-def test_a_slice_is_of_the_shares_that_are_asked_for(engines, dejavu, monkeypatch, tmp_path):
+def test_a_slice_is_of_the_shares_that_are_asked_for(engines, monkeypatch, tmp_path):
     on_a_gpu(monkeypatch)
     sizes = ["--prompt-len", 8, "--new-tokens", 3, "--policy", "dense", "--tp-slice", 8]
     status, _, err = dejavu("bench", "decode", *sizes, "--out", tmp_path, "--name", "slice")
@@ -319,12 +298,12 @@ def assert_one_clear_line(status, err, message):
         (["--tp-slice", "-1"], "--tp-slice"),
     ],
 )
-def test_options_that_are_wrong(dejavu, options, message):
+def test_options_that_are_wrong(options, message):
     status, _, err = dejavu("bench", "decode", *options)
     assert_one_clear_line(status, err, message)
 
 
-def test_without_a_gpu_nothing_is_measured(dejavu, monkeypatch):
+def test_without_a_gpu_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, err = dejavu("bench", "decode")
     assert_one_clear_line(status, err, "measures a GPU, and torch sees no CUDA device here")
@@ -343,7 +322,7 @@ def test_without_a_gpu_nothing_is_measured(dejavu, monkeypatch):
          "overlap='never' is unknown: use tap, collective, none"),
     ],
 )  # fmt: skip
-def test_sizes_that_are_wrong(engines, dejavu, monkeypatch, options, message):
+def test_sizes_that_are_wrong(engines, monkeypatch, options, message):
     on_a_gpu(monkeypatch)
     status, _, err = dejavu("bench", "decode", *options)
     *said, error = err.splitlines(keepends=True)
@@ -351,7 +330,7 @@ def test_sizes_that_are_wrong(engines, dejavu, monkeypatch, options, message):
     assert_one_clear_line(status, error, message)
 
 
-def test_a_model_that_is_not_published(dejavu, monkeypatch):
+def test_a_model_that_is_not_published(monkeypatch):
     on_a_gpu(monkeypatch)
     monkeypatch.setattr(bench_decode, "published_config", published_config)
     status, _, err = dejavu("bench", "decode", "--shape", "opt-7b")

@@ -24,17 +24,11 @@ from dejavu.runtime.loading import check_memory
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.sparsity import lossless
+from models import tiny_opt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = replace(
-    published_config("opt-125m"),
-    hidden_size=256,
-    ffn_dim=1024,
-    num_heads=16,
-    word_embed_proj_dim=256,
-    vocab_size=1000,
-)
+CONFIG = tiny_opt(256, vocab_size=1000)
 LAYERS = CONFIG.num_layers
 STEPS = 60
 

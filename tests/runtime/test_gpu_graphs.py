@@ -75,6 +75,7 @@ def test_the_host_waits_for_nothing_in_a_step():
         engine.decode_step(state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert state.cache.lengths.tolist() == [len(engine.tokenize(PROMPTS[0], params)) + 1]
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False], ids=["graph", "eager"])

@@ -1,11 +1,13 @@
 """Small random OPT models in Hugging Face format, made by the real library."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
+from dejavu.runtime.config import published_config
 from dejavu.runtime.weights import find_model
 
 BASE = {
@@ -64,3 +66,15 @@ def load_reference(directory: Path, dtype=torch.float32) -> OPTForCausalLM:
     """Hugging Face's own model: plain attention in fp32, SDPA in 16 bits, where the plain one overflows."""
     attention = "eager" if dtype == torch.float32 else "sdpa"
     return OPTForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
+
+
+def tiny_opt(hidden_size, **sizes):
+    """The architecture of opt-125m at another width, with 16 heads."""
+    return replace(
+        published_config("opt-125m"),
+        hidden_size=hidden_size,
+        ffn_dim=4 * hidden_size,
+        num_heads=16,
+        word_embed_proj_dim=hidden_size,
+        **sizes,
+    )
