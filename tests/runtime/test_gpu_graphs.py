@@ -99,12 +99,23 @@ def test_predictors_run_beside_the_main_stream(cuda_graph, record_property):
     assert any(beside)
 
 
+CASES = [(sparsity, route) for route in ("nccl", "auto") for sparsity in ("dense", "lossless", "demo")]
+
+
+@pytest.fixture(scope="module")
+def on_two_gpus():
+    """Of each rank, the texts of all cases, captured and eager; all in one start of two processes."""
+    options = [
+        {"sparsity": sparsity, "all_reduce": route, "cuda_graph": graph}
+        for sparsity, route in CASES
+        for graph in (True, False)
+    ]
+    return run_ranks(2, on_a_rank, options, cuda=True)
+
+
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("all_reduce", ["nccl", "auto"])
-@pytest.mark.parametrize("sparsity", ["dense", "lossless", "demo"])
-def test_two_gpus_replay_what_they_launch(sparsity, all_reduce):
-    options = {"sparsity": sparsity, "all_reduce": all_reduce}
-    captured, eager = (
-        run_ranks(2, on_a_rank, options | {"cuda_graph": graph}, cuda=True) for graph in (True, False)
-    )
-    assert captured[0] == captured[1] == eager[0] == eager[1]
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
+def test_two_gpus_replay_what_they_launch(on_two_gpus, case):
+    first, second = on_two_gpus
+    captured, eager = 2 * case, 2 * case + 1
+    assert first[captured] == second[captured] == first[eager] == second[eager]

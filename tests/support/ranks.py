@@ -5,7 +5,7 @@ import os
 import pickle
 import tempfile
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -35,21 +35,28 @@ def run_ranks(size, fn, *args, cuda=False):
             pipes.append(receiver)
             processes.append(process)
         try:
-            return [_result(rank, pipe) for rank, pipe in enumerate(pipes)]
+            return _results(pipes)
         finally:
             for process in processes:
                 process.terminate()
                 process.join()
 
 
-def _result(rank, pipe):
-    assert pipe.poll(_HUNG_S), f"rank {rank} hangs"
-    try:
-        ok, value = pickle.loads(pipe.recv_bytes())
-    except EOFError:
-        raise AssertionError(f"rank {rank} died without a word") from None
-    assert ok, f"rank {rank}:\n{value}"
-    return value
+def _results(pipes):
+    """In rank order; the first that fails ends it, whatever the others wait for."""
+    found = {}
+    while len(found) < len(pipes):
+        rank_of = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in found}
+        ready = wait(rank_of, _HUNG_S)
+        assert ready, f"ranks {sorted(rank_of.values())} hang"
+        for pipe in ready:
+            rank = rank_of[pipe]
+            try:
+                ok, found[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                raise AssertionError(f"rank {rank} died without a word") from None
+            assert ok, f"rank {rank}:\n{found[rank]}"
+    return [found[rank] for rank in range(len(pipes))]
 
 
 def _rank(rank, size, store, cuda, sender: Connection, fn, args):

@@ -18,6 +18,7 @@ def texts(engine, prompts=PROMPTS, **params):
     return [r.token_ids for r in generation.results], generation
 
 
-def on_a_rank(tp, options):
-    """200 greedy tokens of every prompt, in fp32; what every rank of a group runs."""
-    return texts(engine_of(tp=tp, dtype="fp32", **options), max_new_tokens=200, ignore_eos=True)[0]
+def on_a_rank(tp, many):
+    """200 greedy tokens of every prompt, in fp32, with each of ``many`` options; what every rank runs."""
+    params = {"max_new_tokens": 200, "ignore_eos": True}
+    return [texts(engine_of(tp=tp, dtype="fp32", **options), **params)[0] for options in many]
