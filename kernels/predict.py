@@ -17,6 +17,7 @@ from dejavu.kernels.device import (
     dot,
     has_pdl,
     num_sms,
+    runs_beside,
     to_float,
     token_block,
     wait_for_predecessor,
@@ -27,11 +28,6 @@ from dejavu.kernels.tuning import Settings, settings
 _EPS = 1e-5
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
-# Programs on each multiprocessor that run beside other work, with few registers each: those that the settings
-# for running alone take are what the other kernel needs to keep its own loads under way (with 232 a thread,
-# QKV took 42 us instead of 26 beside it). Fewer programs come too late: a layer's exposed time (OPT-66B on 2
-# H100, rank 1024) is 28 us on the main stream and 34 / 21 / 15 / 11 beside it with 1 / 2 / 3 / 4 of them.
-_BESIDE = 4
 
 
 def standardise(residual: Tensor) -> Tensor:
@@ -54,7 +50,7 @@ def predict_reference(
     count: Tensor,
     tally: Tensor,
     relu: bool,
-    beside: bool = False,
+    beside: int = 0,
 ) -> None:
     """See `predict`."""
     z = standardise(residual)
@@ -291,13 +287,12 @@ def _predict(
     count: Tensor,
     tally: Tensor,
     relu: bool,
-    beside: bool,
+    beside: int,
 ) -> None:
     """Launches the two layers and the compaction."""
     # several tokens are multiplied by tensor cores, which take both sides in 16 bits (8-bit weights fit them)
     narrow = torch.float16 if up.dtype.itemsize == 1 else up.dtype
     hidden_dtype = torch.float32 if len(residual) == 1 else narrow
-    beside = beside and len(residual) == 1
     hidden = launch_down(residual, down, down_scale, down_sums, hidden_dtype, relu=relu, beside=beside)
     launch_up(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside=beside)
 
@@ -310,17 +305,17 @@ def launch_down(
     dtype: torch.dtype = torch.float32,
     *,
     relu: bool = False,
-    beside: bool = False,
+    beside: int = 0,
 ) -> Tensor:
-    """The first layer: ``[B, r]``. See `predict`; ``beside`` is for one token."""
+    """The first layer: ``[B, r]``. See `predict`."""
     (B, D), r, device = residual.shape, len(down), residual.device
-    tokens, pdl = token_block(min(B, MAX_TOKENS)), has_pdl(device)
+    tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
     hidden = torch.empty(B, r, dtype=dtype, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
-    if beside:
+    if beside and B == 1:
         chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
-    _down_kernel[(programs, triton.cdiv(B, tokens))](
+    kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
         down,
         down_scale,
@@ -337,6 +332,8 @@ def launch_down(
         launch_pdl=pdl,
         **chosen,
     )
+    if beside:
+        runs_beside(kernel)
     return hidden
 
 
@@ -351,19 +348,19 @@ def launch_up(
     count: Tensor,
     tally: Tensor,
     *,
-    beside: bool = False,
+    beside: int = 0,
 ) -> None:
     """The second layer, from ``hidden [B, r]``, and the compaction. See `predict`."""
     B, (n, r), device = len(hidden), up.shape, hidden.device
     tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
-    blocks, pdl = triton.cdiv(B, tokens), has_pdl(device)
+    blocks, pdl = triton.cdiv(B, tokens), _overlaps(device, beside)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
-    if beside:
+    if beside and B == 1:
         chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
-    _up_kernel[(_programs(row_blocks, device, beside), blocks)](
+    kernel = _up_kernel[(_programs(row_blocks, device, beside), blocks)](
         hidden,
         up,
         up_scale,
@@ -383,16 +380,24 @@ def launch_up(
         launch_pdl=pdl,
         **chosen,
     )
+    if beside:
+        runs_beside(kernel)
     if union and blocks > 1:
         mask = mask.amax(0, keepdim=True)
         sizes, rows = _sizes(mask), _PLACED
     else:
         rows = chosen["ROWS"]
-    launch_compact(mask, sizes, rows, ids, count, alive, tally)
+    launch_compact(mask, sizes, rows, ids, count, alive, tally, beside=beside)
 
 
-def _programs(blocks: int, device: torch.device, beside: bool) -> int:
-    return min(blocks, _BESIDE * num_sms(device)) if beside else blocks
+def _programs(blocks: int, device: torch.device, beside: int) -> int:
+    return min(blocks, beside * num_sms(device)) if beside else blocks
+
+
+def _overlaps(device: torch.device, beside: int) -> bool:
+    """Whether a launch begins before its predecessor has ended: not beside other work, for programs that wait
+    would hold the places of those that could work."""
+    return has_pdl(device) and not beside
 
 
 def _sizes(mask: Tensor) -> Tensor:
@@ -410,15 +415,17 @@ def launch_compact(
     count: Tensor,
     alive: Tensor | None = None,
     tally: Tensor | None = None,
+    *,
+    beside: int = 0,
 ) -> None:
     """The ids of what is chosen in each row of ``mask int8[S, n]``, of which ``sizes [S, n / rows]`` says how
     many there are in every ``rows`` entries (a divisor of 1024). See `predict`.
 
     ``tally int64[2]`` counts entries and sets; of ``alive [B]``, a set has its share: it counts if any lives.
     """
-    (sets, n), pdl = mask.shape, has_pdl(mask.device)
+    (sets, n), pdl = mask.shape, _overlaps(mask.device, beside)
     tokens = 1 if alive is None else len(alive) // sets
-    _compact_kernel[(triton.cdiv(n, _PLACED), sets)](
+    kernel = _compact_kernel[(triton.cdiv(n, _PLACED), sets)](
         mask,
         sizes,
         alive,
@@ -437,6 +444,8 @@ def launch_compact(
         launch_pdl=pdl,
         num_warps=min(max(triton.next_power_of_2(sizes.shape[1]) // 2048, 4), 16),
     )
+    if beside:
+        runs_beside(kernel)
 
 
 def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
@@ -476,7 +485,7 @@ def predict(
     *,
     union: bool,
     relu: bool = False,
-    beside: bool = False,
+    beside: int = 0,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The active set that a low-rank predictor finds. Triton kernels on CUDA, `predict_reference` on the CPU.
@@ -491,7 +500,8 @@ def predict(
         tally: ``int64[2]``, to which the numbers of entries chosen and of sets are added.
         union: one set for the batch, instead of one a sequence.
         relu: between the two layers.
-        beside: it runs beside other work, to which it leaves room: slower by itself, sooner for both.
+        beside: it runs beside other work, to which it leaves room, with so many programs a multiprocessor:
+            slower by itself, sooner for both. 0: it runs alone.
         out: ids and count to write to.
 
     Returns:

@@ -11,15 +11,18 @@ from dejavu.profiles.kernel_bench import DTYPES, SHAPES
 from dejavu.profiles.tune import candidates, crossing, write_crossovers, write_table
 
 CPU = torch.device("cpu")
-DEFAULTS = {
-    "fc1": sparse_mlp.default_settings(4096, torch.bfloat16, 1),
-    "fc2": weighted_rows.default_settings(torch.bfloat16, 1),
-    "out_proj": weighted_rows.default_settings(torch.bfloat16, 1),
-    "qkv": qkv.default_settings(torch.bfloat16, 1, CPU),
-    "attention": sparse_attention._default_attention_settings(32, CPU),
-    "down": predict._default_down_settings(4096, 1),
-    "up": predict._default_up_settings(1024, 1),
-}
+
+
+def defaults(tokens=1):
+    return {
+        "fc1": sparse_mlp.default_settings(4096, torch.bfloat16, tokens),
+        "fc2": weighted_rows.default_settings(torch.bfloat16, tokens),
+        "out_proj": weighted_rows.default_settings(torch.bfloat16, tokens),
+        "qkv": qkv.default_settings(torch.bfloat16, tokens, CPU),
+        "attention": sparse_attention._default_attention_settings(32, CPU),
+        "down": predict._default_down_settings(4096, tokens),
+        "up": predict._default_up_settings(1024, tokens),
+    }
 
 
 def test_every_entry_has_the_settings_that_its_kernel_takes():
@@ -27,14 +30,18 @@ def test_every_entry_has_the_settings_that_its_kernel_takes():
     assert table
     for entries in table.values():
         for key, entry in entries.items():
-            assert entry.keys() == DEFAULTS[key.split()[0]].keys(), key
+            expected = defaults(1 + key.endswith("several"))[key.split()[0]]
+            assert entry.keys() == expected.keys(), key
 
 
-@pytest.mark.parametrize("kernel", DEFAULTS)
-def test_what_is_tried_has_the_settings_that_its_kernel_takes(kernel):
+@pytest.mark.parametrize(
+    ("kernel", "tokens"),
+    [(kernel, n) for kernel in defaults() for n in (1, 8) if (kernel, n) != ("attention", 8)],
+)
+def test_what_is_tried_has_the_settings_that_its_kernel_takes(kernel, tokens):
     for itemsize in (1, 2):
-        found = candidates(kernel, 1024, itemsize)
-        assert found and all(s.keys() == DEFAULTS[kernel].keys() for s in found)
+        found = candidates(kernel, 1024, itemsize, tokens)
+        assert found and all(s.keys() == defaults(tokens)[kernel].keys() for s in found)
 
 
 def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Taps, sets, what a policy makes of scores, and when and where it does so."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -358,10 +359,10 @@ class Side:
 
 @pytest.fixture
 def log(monkeypatch):
-    """The predictors that have run, with whether each was told that it runs beside others."""
+    """The predictors that have run, with how many programs beside others each was allowed."""
     log, find = [], PackedLowRank.active_set
 
-    def active_set(self, *arguments, beside=False, **options):
+    def active_set(self, *arguments, beside=0, **options):
         log.append(("predict", len(self.bias), beside))
         return find(self, *arguments, beside=beside, **options)
 
@@ -385,10 +386,10 @@ def test_predictors_start_at_their_tap(log, overlap):
     policy.observe(Tap("attn_in", 2), RESIDUAL)
     assert log == []
     policy.observe(Tap("attn_in", 0), RESIDUAL)
-    assert log == [("predict", 40, False)]
+    assert log == [("predict", 40, 0)]
     policy.before_collective()
     policy.neurons(0, None)
-    assert log == [("predict", 40, False)]  # once
+    assert log == [("predict", 40, 0)]  # once
 
 
 def test_predictors_start_with_the_next_collective(log):
@@ -397,7 +398,7 @@ def test_predictors_start_with_the_next_collective(log):
     policy.observe(Tap("attn_in", 1), RESIDUAL)
     assert log == []
     policy.before_collective()
-    assert log == [("predict", 6, False), ("predict", 37, False)]
+    assert log == [("predict", 6, 0), ("predict", 37, 0)]
     policy.before_collective()
     policy.heads(1, None), policy.neurons(1, None)
     assert len(log) == 2
@@ -407,7 +408,7 @@ def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):
     policy = in_a_step("collective")
     policy.observe(Tap("attn_in", 0), RESIDUAL)
     chosen = policy.neurons(0, None)
-    assert log == [("predict", 40, False)]
+    assert log == [("predict", 40, 0)]
     assert named(chosen) == rows_of(mask_of(policy.units["mlp", 0], RESIDUAL, union=True))
 
 
@@ -421,6 +422,16 @@ def test_a_pass_forgets_what_waits_for_a_collective(log):
         policy.neurons(0, None)
 
 
+def test_a_set_that_is_needed_later_is_predicted_by_fewer_programs(log):
+    units = [replace(unit, tap=unit.tap.shift(-1)) for unit in packed_units() if unit.layer == 1]
+    policy = Policy(units, 3)
+    policy.side = Side([])
+    policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
+    for unit in units:
+        policy.observe(unit.tap, RESIDUAL)
+    assert [beside for _, _, beside in log] == [1, 1]
+
+
 @pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
 def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
     policy = in_a_step(overlap, Side(log))
@@ -428,7 +439,7 @@ def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
     policy.observe(Tap("attn_in", 1), RESIDUAL)
     policy.before_collective()
     policy.heads(1, None), policy.neurons(1, None)
-    heads, neurons = (("predict", n, overlap != "none") for n in (6, 37))
+    heads, neurons = (("predict", n, 0 if overlap == "none" else 2) for n in (6, 37))
     assert (
         log
         == {
