@@ -1,5 +1,6 @@
 """The `dejavu` command."""
 
+import ctypes
 import json
 import os
 import sys
@@ -26,9 +27,11 @@ from dejavu.launch.options import (
     stderr,
 )
 from dejavu.launch.pipeline import COMMANDS
+from dejavu.launch.profiling import profile_command, torch_traced
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
+from dejavu.profiles import nvtx
 from dejavu.runtime.engine import Engine, Generation
 from dejavu.runtime.graphs import MAX_BATCH
 from dejavu.runtime.sampling import SamplingParams
@@ -39,6 +42,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.command("convert")(convert_command)
+app.command("profile", context_settings={"allow_interspersed_args": False})(profile_command)
 app.add_typer(bench_app, name="bench")
 
 Sparsity = Annotated[str, typer.Option(help="dense, lossless, or a directory of calibrated predictors.")]
@@ -230,13 +234,16 @@ def main() -> None:
         # once, and there is nobody to take leave of.
         sys.stdout.flush()
         sys.stderr.flush()
+        if nvtx.is_on():  # the profiler has handlers to write what it has seen
+            ctypes.CDLL(None).exit(status)
         os._exit(status)
     sys.exit(status)
 
 
 def _run() -> int:
     try:
-        return app(standalone_mode=False) or 0
+        with torch_traced():
+            return app(standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except typer.TyperException as e:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dejavu.profiles import nvtx
+
 if TYPE_CHECKING:
     from dejavu.parallel.routes import Routes
 
@@ -134,6 +136,7 @@ def init_tp(device: torch.device) -> TPGroup:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        nvtx.mark("rank 0 of 1")
         return TPGroup(device=device)
     if not dist.is_initialized():
         on_cuda = device.type == "cuda"
@@ -147,6 +150,7 @@ def init_tp(device: torch.device) -> TPGroup:
             taken = "EADDRINUSE" in str(e)
             cause = "its port is in use; choose another MASTER_PORT" if taken else str(e).splitlines()[0]
             raise ValueError(f"cannot join the other ranks at {where}: {cause}") from e
+    nvtx.mark(f"rank {dist.get_rank()} of {dist.get_world_size()}")
     return TPGroup(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=dist.group.WORLD)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dejavu.profiles import graph_nodes
+
 # The most sequences that decode together; a batch is filled up to the next power of 2.
 MAX_BATCH = 64
 # A step takes milliseconds. One that takes this long will never end: a peer is gone, or the GPU is.
@@ -31,7 +33,8 @@ class StepGraph:
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's own thread asks for events meanwhile, which must not end the recording
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        captured = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with captured, graph_nodes.recorded():
             self.logits = step()
 
     def replay(self) -> Tensor:
