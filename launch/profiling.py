@@ -143,7 +143,7 @@ def _export(path: Path, out: Path) -> Path:
             f"nsys, which reads {path.name}, is not on the path: give its .sqlite export instead"
         )
     made = out / path.with_suffix(".sqlite").name
-    command = ["nsys", "export", "--type=sqlite", "--force-overwrite=true", f"--output={made}", path]
+    command = ["nsys", "export", "--type=sqlite", "--force-overwrite=true", f"--output={made}", str(path)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise ValueError(f"nsys export of {path.name} failed: {(run.stderr or run.stdout).strip()[-300:]}")
@@ -151,7 +151,7 @@ def _export(path: Path, out: Path) -> Path:
 
 
 def _show(rows: list[Row]) -> None:
-    console = Console()
+    console = Console(width=max(Console().width, 110))
     first = rows[0]
     table = Table(title=f"{first['rank']}: ranges of {first['steps']} decode steps")
     for name in ("range", "kind", "a step", "median us", "p99 us", "share"):

@@ -73,11 +73,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One decode step."""
+    """One decode step; ``graph``: which of the recorded graphs was replayed, None if it was launched."""
 
     start: float
     end: float
     spans: tuple[Span, ...]
+    graph: int | None = None
 
 
 Node = dict[str, Any]
@@ -207,7 +208,16 @@ def _read_kernels(db: sqlite3.Connection, found: dict[int, Process], tables: set
 
 
 def steps(process: Process, graphs: Sequence[list[Node]]) -> list[Step]:
-    """The decode steps of a rank: replays, steps launched kernel by kernel or, without kernels, ranges."""
+    """The decode steps of a rank: replays, steps launched kernel by kernel or, without kernels, ranges.
+
+    Of several kinds (a benchmark's policies, batches of several sizes) those of the most frequent one.
+    """
+    found = _all_steps(process, graphs)
+    kinds = Counter(step.graph for step in found)
+    return [step for step in found if step.graph == kinds.most_common(1)[0][0]]
+
+
+def _all_steps(process: Process, graphs: Sequence[list[Node]]) -> list[Step]:
     if not process.kernels:
         return _host_steps(process)
     by_launch: dict[int, list[Kernel]] = defaultdict(list)
@@ -231,9 +241,10 @@ def steps(process: Process, graphs: Sequence[list[Node]]) -> list[Step]:
 def _replay(kernels: Sequence[Kernel], graphs: Sequence[list[Node]]) -> Step | None:
     """A replay's kernels, with the ranges of the graph that has the same ones; None: no step of ours."""
     shapes = Counter(kernel.shape for kernel in kernels)
-    nodes = next((graph for graph in graphs if Counter(map(_shape, graph)) == shapes), None)
-    if nodes is None:
+    number = next((i for i, graph in enumerate(graphs) if Counter(map(_shape, graph)) == shapes), None)
+    if number is None:
         return None
+    nodes = graphs[number]
     waiting: dict[tuple[int, ...], deque[Node]] = defaultdict(deque)
     for node in nodes:
         waiting[_shape(node)].append(node)
@@ -241,7 +252,7 @@ def _replay(kernels: Sequence[Kernel], graphs: Sequence[list[Node]]) -> Step | N
     for kernel in kernels:
         node = waiting[kernel.shape].popleft()
         spans.append(_span(kernel, node["path"][1:], node["category"]))
-    return _step(spans)
+    return _step(spans, number)
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -254,8 +265,8 @@ def _span(kernel: Kernel, path: Sequence[str], category: str) -> Span:
     return Span(kernel.name, tuple(path), category, kernel.start, kernel.end, kernel.stream)
 
 
-def _step(spans: Sequence[Span]) -> Step:
-    return Step(min(s.start for s in spans), max(s.end for s in spans), tuple(spans))
+def _step(spans: Sequence[Span], graph: int | None = None) -> Step:
+    return Step(min(s.start for s in spans), max(s.end for s in spans), tuple(spans), graph)
 
 
 def _host_steps(process: Process) -> list[Step]:

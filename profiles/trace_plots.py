@@ -30,7 +30,8 @@ def timeline_page(step: Step, path: Path, *, title: str, unit: str = "stream") -
             _lanes(panels[1], step.spans, step.start, zoom, unit)
             panels[1].set_title("two of its layers")
         panels[-1].set_xlabel("microseconds")
-        handles = [Patch(color=color, label=name) for name, color in _COLORS.items()]
+        shown = set(map(_kind, step.spans))
+        handles = [Patch(color=color, label=name) for name, color in _COLORS.items() if name in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         save_figure(figure, path)
 

@@ -74,7 +74,7 @@ def _ranges(steps: Sequence[Step]) -> list[Row]:
         for path, intervals in parts.items():
             found[_general(path[-1])].append(_measure(_union(intervals)))
     total = sum(step.end - step.start for step in steps)
-    rows = [
+    rows: list[Row] = [
         {
             "range": name,
             "category": category.get(name, "compute"),
@@ -99,7 +99,7 @@ def _kernels(steps: Sequence[Step]) -> list[Row]:
         for span in step.spans:
             found[span.label].append(span.end - span.start)
     total = sum(step.end - step.start for step in steps)
-    rows = [
+    rows: list[Row] = [
         {
             "kernel": name,
             "per_step": len(values) / len(steps),
