@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity
 from dejavu.launch.options import stderr
 from dejavu.parallel.groups import global_rank
 from dejavu.profiles import graph_nodes, nvtx
-from dejavu.profiles.records import write_file
+from dejavu.profiles.records import write_record
 from dejavu.profiles.trace import read, read_graphs, steps
 from dejavu.profiles.trace_plots import timeline_page
 from dejavu.profiles.trace_report import Row, middle_step, report
@@ -54,7 +54,7 @@ def profile_command(
     assert report_of is not None
     rows = _report(report_of, out)
     _show(rows)
-    stderr().print(f"written: {out}/report{_of_rank()}.json and timeline{_of_rank()}.png")
+    stderr().print(f"written: {out}/report{_of_rank()}.json, .md and timeline{_of_rank()}.png")
     if as_json:
         print(json.dumps({"ranks": rows}))
 
@@ -93,7 +93,8 @@ def _run_nsys(command: list[str], out: Path) -> Path:
 def _run_torch(command: list[str], out: Path) -> Path:
     _clean(out)
     folder = str(out.absolute())
-    _run(command, {nvtx.TORCH_TRACES: folder, graph_nodes.FOLDER: folder})
+    # without its lines about starting and stopping
+    _run(command, {nvtx.TORCH_TRACES: folder, graph_nodes.FOLDER: folder, "KINETO_LOG_LEVEL": "3"})
     return out
 
 
@@ -129,12 +130,29 @@ def _report(path: Path, out: Path) -> list[Row]:
     processes, graphs = read(path), read_graphs(folder)
     found = [(process, steps(process, graphs)) for process in processes]
     rows = [report(process, its_steps) for process, its_steps in found]
-    write_file(out / f"report{_of_rank()}.json", json.dumps({"ranks": rows}, indent=1) + "\n")
     process, its_steps = found[0]
+    hardware = f"{len(found)} x {process.device}" if process.device else "CPU"
+    write_record(out, f"report{_of_rank()}", _flat(rows), device=hardware)
     title = f"{process.label} of {len(found)} on {process.device or 'the CPU'}"
     lanes = "stream" if process.kernels else "thread"
     timeline_page(middle_step(its_steps), out / f"timeline{_of_rank()}.png", title=title, unit=lanes)
     return rows
+
+
+def _flat(rows: list[Row]) -> list[Row]:
+    """As a record has them: what each rank took, then the first one's ranges and kernels."""
+    ranks = [
+        {
+            "rank": row["rank"],
+            "steps": row["steps"],
+            **{f"step_us_{name}": us for name, us in row["step_us"].items()},
+            "collective_us": row["collective_us"],
+            **{f"predictors_{name}": value for name, value in (row.get("predictors") or {}).items()},
+            **{f"idle_{name}": value for name, value in row.get("idle", {}).items()},
+        }
+        for row in rows
+    ]
+    return [*ranks, *rows[0]["ranges"], *rows[0].get("kernels", [])]
 
 
 def _export(path: Path, out: Path) -> Path:

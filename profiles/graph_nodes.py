@@ -55,6 +55,8 @@ class CapturedGraph:
         """Handles of all nodes, in the order of their capture."""
         n = ctypes.c_size_t()
         self._call("cuGraphGetNodes", self._graph, None, ctypes.byref(n))
+        if not n.value:
+            return []  # an array of none is an error
         handles = (ctypes.c_void_p * n.value)()
         self._call("cuGraphGetNodes", self._graph, handles, ctypes.byref(n))
         return [handle for handle in handles if handle is not None]

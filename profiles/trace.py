@@ -86,13 +86,12 @@ Node = dict[str, Any]
 
 def read(path: Path) -> list[Process]:
     """The ranks of a report: ``.sqlite`` of Nsight Systems, ``.json`` or ``.json.gz`` of torch, or a
-    folder of the latter.
+    folder of ``rank-R.json``.
 
     Raises:
         ValueError: it is none of these, or damaged.
     """
-    files = sorted([*path.glob("*.json"), *path.glob("*.json.gz")]) if path.is_dir() else [path]
-    files = [file for file in files if not file.name.startswith("graph-")]
+    files = sorted(path.glob("rank-*.json*")) if path.is_dir() else [path]
     try:
         nsys = path.suffix == ".sqlite"
         found = _read_nsys(path) if nsys else [_read_torch(file) for file in files]
@@ -273,7 +272,8 @@ def _host_steps(process: Process) -> list[Step]:
     ranges = _Nested(process.ranges)
     inside: dict[Range, list[Span]] = defaultdict(list)
     for r in process.ranges:
-        chain = [*ranges.around(r.start, r.thread, strictly=True), r]
+        chain = ranges.around(r.start, r.thread)
+        chain = chain[: chain.index(r) + 1]
         if (step := next((c for c in chain if c.name == STEP), None)) is not None and step is not r:
             path = tuple(c.name for c in chain[chain.index(step) + 1 :])
             inside[step].append(Span(r.name, path, r.category, r.start, r.end, r.thread))
@@ -294,11 +294,10 @@ class _Nested:
             stack.append(r)
             self._chains[r.thread].append((r.start, list(stack)))
 
-    def around(self, time: float, thread: int, *, strictly: bool = False) -> list[Range]:
-        """From the outermost to the innermost; ``strictly``: without one that begins just then."""
+    def around(self, time: float, thread: int) -> list[Range]:
+        """From the outermost to the innermost."""
         chains = self._chains.get(thread, [])
         place = bisect_right(chains, time, key=lambda chain: chain[0])
         if place == 0:
             return []
-        chain = [r for r in chains[place - 1][1] if r.end > time]
-        return chain[:-1] if strictly else chain
+        return [r for r in chains[place - 1][1] if r.end > time]

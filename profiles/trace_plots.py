@@ -37,9 +37,10 @@ def timeline_page(step: Step, path: Path, *, title: str, unit: str = "stream") -
 
 
 def _lanes(axes: Axes, spans: Sequence[Span], origin: float, window: tuple[float, float], unit: str) -> None:
-    order = lanes(spans)
+    seen = [s for s in spans if s.end > window[0] and s.start < window[1]]
+    order = lanes(seen)
     for place, lane in enumerate(order):
-        here = [s for s in spans if s.lane == lane and s.end > window[0] and s.start < window[1]]
+        here = [s for s in seen if s.lane == lane]
         # of nested host ranges the inner ones lie on top
         for span in sorted(here, key=lambda s: len(s.path)):
             axes.broken_barh(
@@ -50,7 +51,7 @@ def _lanes(axes: Axes, spans: Sequence[Span], origin: float, window: tuple[float
                 linewidth=0.3,
             )
     axes.set_yticks(range(len(order)), [f"{unit} {i}" for i in range(len(order))])
-    axes.invert_yaxis()
+    axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlim(window[0] - origin, window[1] - origin)
     axes.grid(axis="y", visible=False)
 
