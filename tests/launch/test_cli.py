@@ -69,7 +69,7 @@ def test_generate_json_is_one_object_on_the_last_line(dejavu, tmp_path):
     assert set(answer["results"][0]) == {"prompt", "text", "token_ids", "finish_reason"}
     assert set(answer) == {
         "results", "ttft_ms", "ms_per_token", "tokens_per_s", "weight_bytes", "gb_per_s",
-        "density", "policy", "drift", "tp", "dtype", "device",
+        "density", "policy", "drift", "pp", "tp", "dtype", "device",
     }  # fmt: skip
     assert set(answer["ms_per_token"]) == {"mean", "p50", "p99"}
 
