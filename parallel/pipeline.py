@@ -79,7 +79,9 @@ def init_pipeline(world: TPGroup, stages: int) -> tuple[Pipeline, TPGroup]:
     """
     if stages < 1 or world.size % stages:
         fits = ", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)
-        raise ValueError(f"pp={stages}: {world.size} rank(s) cannot be dealt into {stages} stages; use {fits}")
+        raise ValueError(
+            f"pp={stages}: {world.size} rank(s) cannot be dealt into {stages} stages; {fits} would work"
+        )
     if stages == 1:
         return Pipeline(world), world
     device = world.device

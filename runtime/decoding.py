@@ -243,9 +243,7 @@ class Decoder:
             shape = (*token_ids.shape, self.model.config.hidden_size)
             count = 1 + len(selector.arriving)
             residual, *taps = self.pipeline.receive(count, shape, self.model.dtype)
-        x: Tensor = self.model(
-            residual, cache, step, selector, zip(selector.arriving, taps, strict=True)
-        )
+        x: Tensor = self.model(residual, cache, step, selector, zip(selector.arriving, taps, strict=True))
         if not self.pipeline.is_last:
             self.pipeline.send([x, *selector.passed()])
         return x
@@ -255,7 +253,7 @@ class Decoder:
         return self.model.logits(x) if self.pipeline.is_last else x.new_empty(len(x), 0)
 
     def _relay_taps(self, policy: Policy) -> None:
-        """Which taps travel between stages: those that lie before the stage of a predictor that reads them."""
+        """Which taps travel between stages: those that predictors of later stages read."""
         of_stages = self.pipeline.gather_objects((self.model.layer_range.start, policy.taps))
 
         def into(stage: int) -> tuple[Tap, ...]:

@@ -69,7 +69,8 @@ def split_layers(config: OPTConfig, stages: int, tp: TPGroup) -> list[range]:
         return [range(L)]
     with torch.device("meta"):
         ends = [
-            OPTModel(config, tp=tp, dtype=config.dtype, layers=layers) for layers in (range(1), range(L - 1, L))
+            OPTModel(config, tp=tp, dtype=config.dtype, layers=layers)
+            for layers in (range(1), range(L - 1, L))
         ]
     layer = _numel(ends[0].layers[0])
     counts, sizes = [1] * stages, [layer] * stages
