@@ -84,6 +84,7 @@ def init_pipeline(world: TPGroup, stages: int) -> tuple[Pipeline, TPGroup]:
         )
     if stages == 1:
         return Pipeline(world), world
+    assert world.size == dist.get_world_size(), "the mesh is of all ranks"
     device = world.device
     # named, or the mesh would split the communicator of the GPUs alone: control messages go by gloo
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
