@@ -35,8 +35,8 @@ OverlapOption = Annotated[
 Stages = Annotated[
     int,
     typer.Option(
-        help="Pipeline stages: the layers are split over them in order, each over RANKS / pp ranks; one a "
-        "node is best. More than one run without CUDA graphs."
+        help="Pipeline stages, best as many as nodes: they share out the layers, and the ranks of a stage "
+        "share it. More than one run without CUDA graphs."
     ),
 ]
 AllReduce = Annotated[

@@ -37,9 +37,9 @@ class Generation:
     if there was none. ``tokens_per_s`` counts the new tokens of all sequences over the whole time.
     ``weight_bytes`` is what one rank reads of the weights in a step (predictors included; heads as if each
     sequence were alone and keys and values lazy; the sum over the stages of a pipeline, which work one after
-    the other), ``gb_per_s`` that over the mean step. ``density`` is the
-    share of neurons and heads computed, the mean over decode steps, layers and ranks; ``drift`` what
-    re-checking found, None if nothing was re-checked.
+    the other), ``gb_per_s`` that over the mean step. ``density`` is the share of neurons and heads computed,
+    the mean over decode steps, layers and ranks; ``drift`` what re-checking found, None if nothing was
+    re-checked. ``pp`` stages of ``tp`` ranks each.
     """
 
     results: list[Result]
