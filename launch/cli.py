@@ -22,6 +22,7 @@ from dejavu.launch.options import (
     DType,
     Model,
     OverlapOption,
+    Stages,
     load_engine,
     print_line,
     stderr,
@@ -89,6 +90,7 @@ def generate(
     ] = 0,
     dtype: DType = "auto",
     device: Device = "auto",
+    pp: Stages = 1,
     all_reduce: AllReduce = "auto",
     cuda_graph: Annotated[
         bool, typer.Option(help="Record the decode step; without, it is launched with all NVTX ranges.")
@@ -117,6 +119,7 @@ def generate(
         dtype,
         device,
         nvtx_ranges,
+        pp=pp,
         sparsity=sparsity,
         density=density,
         all_reduce=all_reduce,
@@ -219,7 +222,9 @@ def _print_summary(generation: Generation) -> None:
             f"drift over {drift['checks']} checks: KL {drift['kl']:.4f}, "
             f"top-1 {100 * drift['top1_agreement']:.1f}%"
         )
-    where = f"{generation.tp} rank(s) of {generation.device}, {generation.dtype}"
+    where = f"{generation.pp * generation.tp} rank(s) of {generation.device}, {generation.dtype}"
+    if generation.pp > 1:
+        where += f", {generation.pp} stages"
     stderr().print(f"[dim]{' | '.join(parts)} | {where}[/dim]", soft_wrap=True)
 
 

@@ -32,6 +32,13 @@ OverlapOption = Annotated[
         help="Predictors run beside other work from their tap or the next collective on, or not: none."
     ),
 ]
+Stages = Annotated[
+    int,
+    typer.Option(
+        help="Pipeline stages, best as many as nodes: they share out the layers, and the ranks of a stage "
+        "share it. More than one run without CUDA graphs."
+    ),
+]
 AllReduce = Annotated[
     str, typer.Option(help="auto (symmetric memory where it is to be had), nccl, or symm (nothing else).")
 ]
@@ -44,6 +51,7 @@ def load_engine(
     device: str,
     nvtx_ranges: bool = False,
     *,
+    pp: int = 1,
     sparsity: str = "dense",
     density: float | None = None,
     fill_kv: FillKV = "auto",
@@ -57,6 +65,7 @@ def load_engine(
     with _load_progress() as on_load:
         return Engine.from_pretrained(
             model,
+            pp=pp,
             dtype=dtype,
             device=device,
             sparsity=sparsity,

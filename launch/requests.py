@@ -31,9 +31,10 @@ def answer_stream(
     max_batch: int,
 ) -> None:
     """Answers every request of ``lines`` until they end. Rank 0 alone reads; every rank writes."""
-    incoming = _Incoming(lines) if engine.tp.rank == 0 else None
+    world = engine.pipeline.world
+    incoming = _Incoming(lines) if world.rank == 0 else None
     while True:
-        batch = engine.tp.broadcast_object(incoming.take(max_batch) if incoming is not None else None)
+        batch = world.broadcast_object(incoming.take(max_batch) if incoming is not None else None)
         if batch is None:
             return
         for answer in _answer(engine, batch, defaults):

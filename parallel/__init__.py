@@ -1,1 +1,1 @@
-"""All that knows of ranks: the group, the sharded layers, the collectives."""
+"""All that knows of ranks: the group, the sharded layers, the collectives, the stages."""

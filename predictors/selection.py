@@ -116,15 +116,23 @@ class Selector:
     """Chooses everything; the base of all that choose less, or look on.
 
     ``capturable``: a decode step with it is the same launches over the same memory every time.
+    With pipeline stages, taps that a later stage reads travel with the hidden state: ``arriving`` are those
+    that come to this stage, ``leaving`` those that it gives on.
     """
 
     capturable = False
+    arriving: Sequence[Tap] = ()
+    leaving: Sequence[Tap] = ()
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
         """A pass begins: ``positions [B, S]``; ``alive [B]``, 0 for sequences that choose nothing."""
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
         """The residual stream ``[B, S, D]`` at ``tap``, the same on every rank."""
+
+    def passed(self) -> list[Tensor]:
+        """The residual streams ``[B, S, D]`` at the taps that are ``leaving``, once they have been passed."""
+        return []
 
     def before_collective(self) -> None:
         """A block has been computed; the next that the main stream does is to wait for its peers."""
@@ -292,6 +300,7 @@ class Policy(Selector):
         self._scores: dict[int, Tensor] = {}
         self._waiting: list[tuple[Unit, Tensor]] = []  # for a collective to start beside
         self._found: dict[int, _Found] = {}
+        self._passed: dict[Tap, Tensor] = {}
         self._buffers: dict[int, SetBuffers] = {}
         self._positions = torch.empty(0)
         self._alive: Tensor | None = None
@@ -307,8 +316,16 @@ class Policy(Selector):
         self._scores.clear()
         self._waiting.clear()
         self._found.clear()
+        self._passed.clear()
+
+    @property
+    def taps(self) -> list[Tap]:
+        """Where its predictors read."""
+        return list(self._by_tap)
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
+        if tap in self.leaving:
+            self._passed[tap] = residual
         units = [unit for unit in self._by_tap.get(tap, ()) if not self._is_all(unit)]
         if slow := [unit for unit in units if not self._in_one_go(unit)]:
             z = standardise(residual)
@@ -318,6 +335,9 @@ class Policy(Selector):
         self._waiting += [(unit, residual) for unit in units if self._in_one_go(unit)]
         if self.overlap != "collective":
             self._start()
+
+    def passed(self) -> list[Tensor]:
+        return [self._passed[tap] for tap in self.leaving]
 
     def before_collective(self) -> None:
         self._start()

@@ -2,7 +2,8 @@
 
 The names, outermost first: ``load``; ``prefill`` and ``decode`` (a step); ``embed``, ``layer.N``,
 ``layer.N/attention``, ``layer.N/mlp``, ``head``, ``sample`` (compute); ``all_reduce`` and ``all_gather``
-(collective), inside whatever called them; in a sparse step ``layer.N/attention/predict`` and
+(collective), inside whatever called them; between the stages of a pipeline ``receive``, ``send`` and, of the
+tokens, ``broadcast`` (collective); in a sparse step ``layer.N/attention/predict`` and
 ``layer.N/mlp/predict`` (where the tap is passed; packed predictors select there, too), ``.../select``,
 ``layer.N/attention/fill`` (kv; before all heads are looked at; a sparse step fills inside its attention);
 ``verify``, a dense step beside it.

@@ -15,9 +15,10 @@ from torch import Tensor
 from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.overlap import SideStream
-from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Overlap, Policy, Selector
+from dejavu.parallel.pipeline import Pipeline
+from dejavu.predictors.selection import EVERYTHING, KINDS, Kind, Overlap, Policy, Selector, Tap
 from dejavu.profiles.nvtx import nvtx_range
-from dejavu.runtime.cache import LAZY_BATCH, KVCache
+from dejavu.runtime.cache import LAZY_BATCH, KVCache, Step
 from dejavu.runtime.graphs import StepGraph, bucket
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.sampling import NO_TOKEN, Sampler, SamplingParams
@@ -53,8 +54,10 @@ class Decoder:
         fill_kv: ``lazy``: keys and values of a head are computed when it is next chosen; ``always``: those
             of all heads at every step; ``auto``: lazy, but for more than two sequences on a GPU.
         cuda_graph: on CUDA, whether a decode step is recorded once and replayed, or launched piece by piece
-            (then with all NVTX ranges). Policies that score in plain torch are always launched.
+            (then with all NVTX ranges). Policies that score in plain torch are always launched, and so are
+            the stages of a pipeline.
         overlap: on CUDA, when predictors run: see `dejavu.predictors.selection.Overlap`.
+        pipeline: the stages, of which ``model`` and ``policy`` are this rank's; None: there is one.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Decoder:
         *,
         cuda_graph: bool = True,
         overlap: Overlap = "tap",
+        pipeline: Pipeline | None = None,
     ) -> None:
         for name, given, known in (
             ("fill_kv", fill_kv, get_args(FillKV)),
@@ -76,10 +80,13 @@ class Decoder:
         self.model = model
         self.tp = tp
         self.policy = policy
+        self.pipeline = pipeline or Pipeline(tp)
+        if policy is not None and self.pipeline.stages > 1:
+            self._relay_taps(policy)
         self.fill_kv: FillKV = fill_kv
         self.overlap: Overlap = overlap
         on_cuda = tp.device.type == "cuda"
-        self._graphs = on_cuda and cuda_graph
+        self._graphs = on_cuda and cuda_graph and self.pipeline.stages == 1
         self._side = SideStream(tp.device) if on_cuda else None
         # by batch, greedy and policy, which a recorded step keeps in use
         self._states: dict[tuple[int, bool, Selector | None], DecodeState] = {}
@@ -187,15 +194,16 @@ class Decoder:
         with nvtx_range("prefill"):
             cache = state.cache.first(n)
             step = cache.prompt(token_ids.shape[1])
-            x = self.model(self.model.embed(token_ids, step.positions), cache, step)
+            x = self._through(token_ids, cache, step, EVERYTHING)
             last = x[torch.arange(n, device=device), lengths - 1]
             cache.begin(lengths)
-            logits = self.model.logits(last)
+            logits = self._logits(last)
             self._draw(state, F.pad(logits, (0, 0, 0, len(state.tokens) - n)))
 
     @torch.inference_mode()
     def decode_step(self, state: DecodeState, selector: Selector | None = None) -> Tensor:
-        """One more token for every sequence, in place; device tensors only. Returns the logits ``[B, V]``.
+        """One more token for every sequence, in place; device tensors only. Returns the logits ``[B, V]``
+        (before the last stage of a pipeline ``[B, 0]``).
 
         A finished sequence does not advance: what it computes is overwritten by what it computes next. With
         ``selector``, that is asked instead of the policy, in launches one by one.
@@ -224,20 +232,54 @@ class Decoder:
             self.policy.side, self.policy.overlap = self._side, self.overlap
         step = state.cache.step(1, state.alive)
         tokens = state.tokens.clamp(min=0)[:, None]  # the host has not seen a NO_TOKEN yet
-        x = self.model(self.model.embed(tokens, step.positions), state.cache, step, selector)
-        return self.model.logits(x[:, -1])
+        return self._logits(self._through(tokens, state.cache, step, selector)[:, -1])
+
+    def _through(self, token_ids: Tensor, cache: KVCache, step: Step, selector: Selector) -> Tensor:
+        """``token_ids [B, S]`` through the stages up to this one: the residual stream ``[B, S, D]``."""
+        taps: list[Tensor] = []
+        if self.pipeline.is_first:
+            residual = self.model.embed(token_ids, step.positions)
+        else:
+            shape = (*token_ids.shape, self.model.config.hidden_size)
+            count = 1 + len(selector.arriving)
+            residual, *taps = self.pipeline.receive(count, shape, self.model.dtype)
+        x: Tensor = self.model(residual, cache, step, selector, zip(selector.arriving, taps, strict=True))
+        if not self.pipeline.is_last:
+            self.pipeline.send([x, *selector.passed()])
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """``x [B, D]`` to logits ``[B, V]`` on the last stage, ``[B, 0]`` before it."""
+        return self.model.logits(x) if self.pipeline.is_last else x.new_empty(len(x), 0)
+
+    def _relay_taps(self, policy: Policy) -> None:
+        """Which taps travel between stages: those that predictors of later stages read."""
+        of_stages = self.pipeline.gather_objects((self.model.layer_range.start, policy.taps))
+
+        def into(stage: int) -> tuple[Tap, ...]:
+            if stage >= len(of_stages):
+                return ()
+            start = of_stages[stage][0]
+            read = {tap for _, taps in of_stages[stage:] for tap in taps if tap.layer < start}
+            return tuple(sorted(read, key=lambda tap: tap.halves))
+
+        policy.arriving, policy.leaving = into(self.pipeline.stage), into(self.pipeline.stage + 1)
 
     def _draw(self, state: DecodeState, logits: Tensor) -> None:
         """Logits ``[B, V]`` to the next tokens, and which sequences that finishes."""
         with nvtx_range("sample"):
-            state.tokens.copy_(state.sampler(logits))
+            if self.pipeline.is_last:
+                state.tokens.copy_(state.sampler(logits))
+            self.pipeline.broadcast_from_last(state.tokens)
             state.left.sub_(state.alive)
             state.alive.mul_((state.left > 0) & (state.tokens != state.last))
 
     def mean_density(self, policy: Policy, kind: Kind) -> float:
         """What a policy has chosen since it was last asked, the mean over tokens, layers and ranks."""
         local = policy.density(kind).to(self.tp.device)
-        return float(all_reduce(local, self.tp)) / self.tp.size
+        mean = float(all_reduce(local, self.tp)) / self.tp.size
+        # of the layers of other stages, each stage's policy says 1
+        return sum(self.pipeline.gather_objects(mean)) - (self.pipeline.stages - 1)
 
     def density(self) -> dict[str, float]:
         """The share of neurons and heads computed since the last call, the mean over steps, layers, ranks."""
@@ -246,7 +288,11 @@ class Decoder:
         return {kind: self.mean_density(self.policy, kind) for kind in KINDS}
 
     def weight_bytes(self, density: dict[str, float]) -> int:
-        """Bytes of weights that a decode step reads on this rank, with those of choosing."""
+        """Bytes of weights that a decode step reads on a rank, with those of choosing; of a pipeline, on one
+        rank of each stage, which read one after the other."""
+        return sum(self.pipeline.gather_objects(self._own_weight_bytes(density)))
+
+    def _own_weight_bytes(self, density: dict[str, float]) -> int:
         if self.policy is None:
             return self.model.decode_bytes()
         attention = sum(layer.self_attn.decode_bytes() for layer in self.model.layers)
@@ -254,7 +300,7 @@ class Decoder:
         skipped = attention * (1 - density["heads"]) + mlp * (1 - density["mlp"])
         # what sees the truth reads all of fc1; what is live then costs its row of fc2 alone
         truth = sum(
-            self.model.layers[layer].mlp.fc1.weight.data.nbytes
+            self.model.layers[layer - self.model.layer_range.start].mlp.fc1.weight.data.nbytes
             * (1 if unit.live_tally is None else 1 - density["mlp"])
             for (kind, layer), unit in self.policy.units.items()
             if unit.sees_truth and kind == "mlp"

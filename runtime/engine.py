@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
+from dejavu.parallel.pipeline import Pipeline, init_pipeline
 from dejavu.parallel.routes import reserve
 from dejavu.predictors.selection import Overlap, Policy
 from dejavu.runtime.config import parse_dtype
@@ -35,9 +36,10 @@ class Generation:
     token, the mean over batches; ``ms_per_token`` (mean, p50, p99) is a decode step of the whole batch, None
     if there was none. ``tokens_per_s`` counts the new tokens of all sequences over the whole time.
     ``weight_bytes`` is what one rank reads of the weights in a step (predictors included; heads as if each
-    sequence were alone and keys and values lazy), ``gb_per_s`` that over the mean step. ``density`` is the
-    share of neurons and heads computed, the mean over decode steps, layers and ranks; ``drift`` what
-    re-checking found, None if nothing was re-checked.
+    sequence were alone and keys and values lazy; the sum over the stages of a pipeline, which work one after
+    the other), ``gb_per_s`` that over the mean step. ``density`` is the share of neurons and heads computed,
+    the mean over decode steps, layers and ranks; ``drift`` what re-checking found, None if nothing was
+    re-checked. ``pp`` stages of ``tp`` ranks each.
     """
 
     results: list[Result]
@@ -49,6 +51,7 @@ class Generation:
     density: dict[str, float]
     policy: str
     drift: dict[str, float] | None
+    pp: int
     tp: int
     dtype: str
     device: str
@@ -90,7 +93,7 @@ class Engine(Decoder):
         tokenizer: the Hugging Face tokenizer that belongs to the model.
         fingerprint: of the model, by which predictors know it.
         name: of the model, for reports.
-        model, tp, policy, fill_kv, cuda_graph, overlap: see `Decoder`.
+        model, tp, policy, fill_kv, cuda_graph, overlap, pipeline: see `Decoder`.
     """
 
     def __init__(
@@ -105,8 +108,11 @@ class Engine(Decoder):
         *,
         cuda_graph: bool = True,
         overlap: Overlap = "tap",
+        pipeline: Pipeline | None = None,
     ) -> None:
-        super().__init__(model, tp, policy, fill_kv, cuda_graph=cuda_graph, overlap=overlap)
+        super().__init__(
+            model, tp, policy, fill_kv, cuda_graph=cuda_graph, overlap=overlap, pipeline=pipeline
+        )
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.name = name
@@ -118,6 +124,7 @@ class Engine(Decoder):
         model: str,
         *,
         tp: TPGroup | None = None,
+        pp: int = 1,
         dtype: str = "auto",
         device: str = "auto",
         sparsity: str = DENSE,
@@ -133,6 +140,9 @@ class Engine(Decoder):
         Args:
             model: ``demo``, a Hugging Face directory, or a hub id.
             tp: the group to share the model with; by default the ranks that torchrun started.
+            pp: pipeline stages, into which those ranks are dealt in order, as many to each: the layers are
+                split over the stages, and each stage over its ranks. More than one are launched piece by
+                piece on CUDA, without graphs.
             dtype: ``fp16``, ``bf16``, ``fp32``; ``auto`` is the checkpoint's on CUDA and fp32 on the CPU.
             device: ``auto``, ``cpu`` or ``cuda``; goes unused if ``tp`` is given.
             sparsity, density: see `load_policy`.
@@ -145,11 +155,13 @@ class Engine(Decoder):
                 predictors.
         """
         wanted = None if dtype == "auto" else parse_dtype(dtype)
-        if tp is None:
-            tp = init_tp(pick_device(device))
-        network, tokenizer, fingerprint = tp.agree(partial(load_model, model, tp, wanted, on_load))
-        reserve(tp, network.dtype, all_reduce)
-        policy = tp.agree(lambda: load_policy(sparsity, network, fingerprint, density=density))
+        world = init_tp(pick_device(device)) if tp is None else tp
+        pipeline, tp = init_pipeline(world, pp)
+        network, tokenizer, fingerprint = world.agree(
+            partial(load_model, model, tp, wanted, on_load, pipeline.stage, pp)
+        )
+        world.agree(partial(reserve, tp, network.dtype, all_reduce))
+        policy = world.agree(lambda: load_policy(sparsity, network, fingerprint, density=density))
         return cls(
             network,
             tokenizer,
@@ -160,6 +172,7 @@ class Engine(Decoder):
             find_model(model).name,
             cuda_graph=cuda_graph,
             overlap=overlap,
+            pipeline=pipeline,
         )
 
     def generate(
@@ -270,7 +283,9 @@ class Engine(Decoder):
             while launched < min(i + (mail.ahead if i else 0), longest - 1):
                 if verify_every and launched % verify_every == 0:
                     dense, alive = self.dense_step(state), state.alive.clone()
-                    drift.add(self.decode_step(state), dense, alive)
+                    sparse = self.decode_step(state)
+                    if self.pipeline.is_last:
+                        drift.add(sparse, dense, alive)
                 else:
                     self.decode_step(state)
                 mail.send()
@@ -316,7 +331,8 @@ class Engine(Decoder):
             gb_per_s=None if mean is None else weight_bytes / mean / 1e6,
             density=density,
             policy=DENSE if self.policy is None else self.policy.name,
-            drift=drift.report(),
+            drift=self.pipeline.gather_objects(drift.report())[-1],
+            pp=self.pipeline.stages,
             tp=self.tp.size,
             dtype=self.dtype,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -4,7 +4,7 @@ Shape legend: B batch, S query length, T cache length, D hidden, N local heads, 
 The residual stream ``[B, S, D]`` is the same on every rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -263,15 +263,23 @@ class OPTModel(nn.Module):
             return hidden
 
     def forward(
-        self, residual: Tensor, cache: KVCache, step: Step, selector: Selector = EVERYTHING
+        self,
+        residual: Tensor,
+        cache: KVCache,
+        step: Step,
+        selector: Selector = EVERYTHING,
+        taps: Iterable[tuple[Tap, Tensor]] = (),
     ) -> Tensor:
         """The residual stream ``[B, S, D]`` through this stage's layers; the last stage gives it normed.
 
-        ``cache`` holds this stage's layers only; ``selector`` is asked by their numbers in the whole model.
+        ``cache`` holds this stage's layers only; ``selector`` is asked by their numbers in the whole model,
+        and sees the ``taps`` that earlier stages have passed.
         """
         pre_norm = self.config.do_layer_norm_before
         x = self.layers[0].self_attn_layer_norm(residual) if pre_norm else residual
         selector.begin(step.positions, step.alive)
+        for tap, stream in taps:
+            selector.observe(tap, stream)
         for i, layer in enumerate(self.layers):
             with nvtx_range(layer.name):
                 residual, x = layer(residual, x, cache.layer(i), step, self._norm_after(i), selector)
@@ -307,9 +315,8 @@ class OPTModel(nn.Module):
 
     def decode_bytes(self) -> int:
         """Bytes of weights that one decode step reads on this rank: all but the tables it only looks up."""
-        lookups = {id(self.embed_positions)} | (
-            {id(self.embed_tokens)} if self.lm_head is not None else set()
-        )
+        is_head = self.is_last and self.lm_head is None
+        lookups = {id(self.embed_positions)} | (set() if is_head else {id(self.embed_tokens)})
         read = (p for child in self.children() if id(child) not in lookups for p in child.parameters())
         return sum(p.nbytes for p in read)
 

@@ -139,7 +139,8 @@ def build_policy(
             refine=None if entry.refine is None else unit(entry.refine, "refine", f"{name}.refine"),
         )
 
-    units = [unit(entry, entry.kind, entry.name) for entry in manifest.entries]
+    here = (entry for entry in manifest.entries if entry.layer in model.layer_range)
+    units = [unit(entry, entry.kind, entry.name) for entry in here]
     return Policy(
         [u for u in units if u is not None],
         model.config.num_layers,

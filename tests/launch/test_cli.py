@@ -69,7 +69,7 @@ def test_generate_json_is_one_object_on_the_last_line(dejavu, tmp_path):
     assert set(answer["results"][0]) == {"prompt", "text", "token_ids", "finish_reason"}
     assert set(answer) == {
         "results", "ttft_ms", "ms_per_token", "tokens_per_s", "weight_bytes", "gb_per_s",
-        "density", "policy", "drift", "tp", "dtype", "device",
+        "density", "policy", "drift", "pp", "tp", "dtype", "device",
     }  # fmt: skip
     assert set(answer["ms_per_token"]) == {"mean", "p50", "p99"}
 
@@ -130,6 +130,7 @@ def test_stop_strings_and_sampling_reach_the_engine(dejavu):
         (["--prompt", "x", "--dtype", "fp64"], "dtype='fp64' is unknown"),
         (["--prompt", "x", "--device", "tpu"], "device=tpu is unknown"),
         (["--prompt", "x", "--max-batch", "0"], "--max-batch"),
+        (["--prompt", "x", "--pp", "2"], "pp=2: 1 rank(s) cannot be dealt into 2 stages; 1 would work"),
         (["--prompt", "x", "--no-such-option"], "--no-such-option"),
         ([], "give one of --prompt, --prompt-file and --stdin"),
         (["--stdin", "--json"], "--stdin answers in JSON lines by itself"),
@@ -243,10 +244,37 @@ def test_launch_gives_two_ranks_the_text_of_one(dejavu):
     assert two["weight_bytes"] < 0.6 * one["weight_bytes"]
 
 
-def test_launch_serves_a_stream_on_two_ranks():
-    run = subprocess_dejavu("launch", "--nproc-per-node", 2, "generate", "--stdin", *CPU, input=stream())
+@pytest.mark.parametrize("options", [(), ("--pp", 2)])
+def test_launch_serves_a_stream_on_two_ranks(options):
+    generate = ("generate", "--stdin", *options, *CPU)
+    run = subprocess_dejavu("launch", "--nproc-per-node", 2, *generate, input=stream())
     assert run.returncode == 0, run.stderr
     check_answers(answers(run.stdout))
+
+
+def test_two_nodes_are_two_stages(dejavu):
+    generate = ("generate", "--prompt", "The old man", "--max-new-tokens", 10, *CPU)
+    command = [sys.executable, "-m", "dejavu.launch.cli", "launch", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    nodes = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(node), *map(str, generate), "--pp", "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    (out, err), others = (node.communicate() for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert out == dejavu(*generate)[1] and "2 rank(s) of cpu, float32, 2 stages" in err
+    assert others == ("", "")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def test_more_ranks_than_the_model_can_use(model_dir):

@@ -125,15 +125,27 @@ def test_sparse_decoding_is_what_masks_give(fill_kv, record_property):
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_dejavu_generate_answers(ranks, record_property):
-    command = [sys.executable, "-m", "dejavu.launch.cli"]
-    if ranks > 1:
-        command += ["launch", "--nproc-per-node", str(ranks)]
-    command += ["generate", "--model", "demo", "--prompt", "The old man", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    answer = json.loads(run.stdout.splitlines()[-1])
+    answer = generated(ranks)
     assert len(answer["results"][0]["token_ids"]) == 64 and answer["results"][0]["text"]
     assert answer["tp"] == ranks and "NVIDIA" in answer["device"] and answer["dtype"] == "float16"
     for key in ("ttft_ms", "gb_per_s"):
         record_property(key, answer[key])
     record_property("ms_p50", answer["ms_per_token"]["p50"])
+
+
+def generated(ranks, *options):
+    command = [sys.executable, "-m", "dejavu.launch.cli"]
+    if ranks > 1:
+        command += ["launch", "--nproc-per-node", str(ranks)]
+    command += ["generate", "--model", "demo", "--prompt", "The old man", "--json", *options]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("sparsity", ["dense", "demo"])
+def test_two_stages_give_the_text_of_one_gpu(sparsity):
+    one, two = (generated(ranks, "--sparsity", sparsity, "--pp", str(ranks)) for ranks in (1, 2))
+    assert two["results"] == one["results"] and (two["pp"], two["tp"]) == (2, 1)
+    assert two["density"] == pytest.approx(one["density"], abs=1e-5)
