@@ -3,8 +3,11 @@
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +32,10 @@ from dejavu.launch.pipeline import COMMANDS
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
-from dejavu.runtime.engine import Engine, Generation
+from dejavu.parallel.watchdog import leave, lost_peer
+from dejavu.runtime.engine import Generation
 from dejavu.runtime.graphs import MAX_BATCH
+from dejavu.runtime.preemption import PREEMPTED, Preemption
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.sparsity import DENSE
 from dejavu.runtime.weights import DEMO
@@ -120,18 +125,28 @@ def generate(
         fill_kv=fill_kv,  # type: ignore[arg-type]  # Engine checks it
         overlap=overlap,  # type: ignore[arg-type]  # Engine checks it
     )
+    preemption = Preemption(engine.tp)
     if stdin:
-        answer_stream(engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch)
+        if answer_stream(
+            engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch, preemption=preemption
+        ):
+            raise typer.Exit(PREEMPTED)
         return
-    if len(prompts) == 1 and not as_json:
-        generation = _generate_aloud(engine, prompts[0], params, verify_every)
+    run = partial(
+        engine.generate, params=params, verify_every=verify_every, shall_stop=preemption.after_token
+    )
+    if as_json:
+        generation = run(prompts, max_batch=max_batch)
+        print_line(json.dumps(asdict(generation)))
+    elif len(prompts) == 1:
+        generation = _generate_aloud(run, prompts[0])
     else:
-        generation = engine.generate(prompts, params, max_batch=max_batch, verify_every=verify_every)
-        if as_json:
-            print_line(json.dumps(asdict(generation)))
-            return
+        generation = run(prompts, max_batch=max_batch)
         _print_results(generation)
-    _print_summary(generation)
+    if not as_json:
+        _print_summary(generation)
+    if generation.preempted:
+        raise typer.Exit(PREEMPTED)
 
 
 @app.command()
@@ -174,7 +189,7 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None, stdin: bool) ->
     return prompts
 
 
-def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams, verify_every: int = 0) -> Generation:
+def _generate_aloud(run: Callable[..., Generation], prompt: str) -> Generation:
     """Prints the prompt and its text as it comes; a prompt that is refused is not echoed."""
     unsaid = [prompt]
 
@@ -182,7 +197,7 @@ def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams, verify_
         print(*unsaid, text, sep="", end="", flush=True)
         unsaid.clear()
 
-    generation = engine.generate([prompt], params, verify_every=verify_every, on_text=on_text)
+    generation = run([prompt], on_text=on_text)
     print(*unsaid)
     return generation
 
@@ -223,7 +238,7 @@ def main() -> None:
     """Runs the command; what a user got wrong becomes one line on standard error and exit status 2."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if global_rank() == 0 else nowhere):
         status = _run()
-    if status == 0:
+    if status in (0, PREEMPTED):
         shut_down()
     if "WORLD_SIZE" in os.environ:
         # Without taking leave of Python: gloo's threads can abort that. After an error all ranks leave at
@@ -245,6 +260,12 @@ def _run() -> int:
         if os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
         return _fail(str(e))
+    except RuntimeError as e:
+        cause = lost_peer(e)
+        if cause is None or os.environ.get("DEJAVU_TRACEBACK") == "1":
+            raise
+        time.sleep(1)  # so that the launcher sees the rank that is the cause before those that lost it
+        return leave(f"lost another rank: {cause}")
 
 
 def _fail(message: str) -> int:

@@ -3,12 +3,15 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dejavu.parallel.watchdog import CONTROL_TIMEOUT, NCCL_SETTINGS, SILENCE_S, Watchdog, timeout_s
 
 if TYPE_CHECKING:
     from dejavu.parallel.routes import Routes
@@ -17,6 +20,7 @@ T = TypeVar("T")
 
 # Elements of the reserved payload: 64 tokens of OPT-175B and something riding along.
 RESERVED = 2**20
+_watchdogs: list[Watchdog] = []  # of this process: none, or one
 
 
 @dataclass(eq=False, slots=True)
@@ -136,8 +140,9 @@ def init_tp(device: torch.device) -> TPGroup:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return TPGroup(device=device)
     if not dist.is_initialized():
-        on_cuda = device.type == "cuda"
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no multicast: it is not to be had on every machine
+        on_cuda, timeout = device.type == "cuda", timeout_s()
+        for name, value in NCCL_SETTINGS.items():
+            os.environ.setdefault(name, value)
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None
@@ -147,11 +152,17 @@ def init_tp(device: torch.device) -> TPGroup:
             taken = "EADDRINUSE" in str(e)
             cause = "its port is in use; choose another MASTER_PORT" if taken else str(e).splitlines()[0]
             raise ValueError(f"cannot join the other ranks at {where}: {cause}") from e
+        dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(CONTROL_TIMEOUT)
+        if on_cuda:
+            dist.group.WORLD._get_backend(device)._set_default_timeout(timedelta(seconds=timeout))
+        _watchdogs.append(Watchdog(dist.get_rank(), dist.get_world_size(), min(SILENCE_S, timeout)))
     return TPGroup(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=dist.group.WORLD)
 
 
 def shut_down() -> None:
     """Leaves the group, if one was joined."""
+    while _watchdogs:
+        _watchdogs.pop().stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
