@@ -32,7 +32,7 @@ from dejavu.launch.pipeline import COMMANDS
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
-from dejavu.parallel.watchdog import leave, lost_peer
+from dejavu.parallel.watchdog import LOST_PEER, explain, lost_peer
 from dejavu.runtime.engine import Generation
 from dejavu.runtime.graphs import MAX_BATCH
 from dejavu.runtime.preemption import PREEMPTED, Preemption
@@ -265,7 +265,8 @@ def _run() -> int:
         if cause is None or os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
         time.sleep(1)  # so that the launcher sees the rank that is the cause before those that lost it
-        return leave(f"lost another rank: {cause}")
+        explain(f"lost another rank: {cause}")
+        return LOST_PEER
 
 
 def _fail(message: str) -> int:

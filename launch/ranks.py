@@ -21,12 +21,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
-from dejavu.parallel.watchdog import LOST_PEER
+from dejavu.parallel.watchdog import LOST_PEER, NCCL_SETTINGS, SILENT_PEER
 from dejavu.runtime.preemption import PREEMPTED, SIGNALS
 
 USER_ERROR = 2
 _OF_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
-_TIDY_S = 10
 
 
 def launch(arguments: list[str]) -> int:
@@ -42,8 +41,7 @@ def launch(arguments: list[str]) -> int:
     gpus = torch.cuda.device_count()
     parser = get_args_parser()
     parser.prog = "dejavu launch"
-    # the ranks have _TIDY_S to leave when one has failed: a rank that is stopped never would
-    parser.set_defaults(nproc_per_node="1" if gpus == 1 else "2", shutdown_timeout=_TIDY_S)
+    parser.set_defaults(nproc_per_node="1" if gpus == 1 else "2")
     parser.error = _raise  # type: ignore[method-assign]  # argparse would print its whole usage
     args = parser.parse_args(arguments)
     args.module = True
@@ -55,6 +53,8 @@ def launch(arguments: list[str]) -> int:
         threads = max(1, len(os.sched_getaffinity(0)) // int(args.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name, value in NCCL_SETTINGS.items():
+        os.environ.setdefault(name, value)
     args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _OF_TORCHRUN
     told: list[int] = []
@@ -110,18 +110,20 @@ def _report(error: ChildFailedError, told: Sequence[int]) -> int:
     if statuses & {PREEMPTED, *(-number for number in told)}:
         return PREEMPTED  # as they were told
     rank, failure = min(failures.items(), key=lambda item: _order_of_blame(item[1]))
-    if failure.exitcode == LOST_PEER:
-        print(f"error: rank {rank} (process {failure.pid}) {failure.message}", file=sys.stderr)
-        return LOST_PEER
+    if failure.exitcode in (LOST_PEER, SILENT_PEER):
+        why = failure.error_file_data["message"]["message"]
+        print(f"error: rank {rank} (process {failure.pid}) {why}", file=sys.stderr)
+        return failure.exitcode
     killed = failure.exitcode < 0
     cause = signal.Signals(-failure.exitcode).name if killed else f"exit status {failure.exitcode}"
     print(f"error: rank {rank} (process {failure.pid}) died: {cause}", file=sys.stderr)
     return 128 - failure.exitcode if killed else failure.exitcode
 
 
-def _order_of_blame(failure: ProcessFailure) -> tuple[int, int]:
-    """A rank that was killed goes first, then one that failed by itself, then those that lost it; those that
-    torchrun itself ended go last."""
+def _order_of_blame(failure: ProcessFailure) -> tuple[int, int, bool]:
+    """A rank that was killed goes first, and what is said of one that hung (which is then killed); next one
+    that failed by itself, then those that lost it; those that torchrun itself ended go last."""
     status = failure.exitcode
-    kind = 3 if status == -signal.SIGTERM else 0 if status < 0 else 2 if status == LOST_PEER else 1
-    return kind, failure.timestamp
+    first = status < 0 or status == SILENT_PEER
+    kind = 3 if status == -signal.SIGTERM else 0 if first else 2 if status == LOST_PEER else 1
+    return kind, failure.timestamp, status < 0

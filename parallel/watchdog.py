@@ -11,23 +11,28 @@ A rank may wait for another as long as that one lives: loading and training take
 
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
-# How a rank exits that lost another: the launcher looks for the cause elsewhere first.
-LOST_PEER = 76
+# How a rank exits that lost another: LOST_PEER if its launcher may know better why, SILENT_PEER if not.
+LOST_PEER, SILENT_PEER = 76, 77
 SILENCE_S = 15.0
 _BEAT_S = 1.0
+_NONE, _LEFT = "? 0 0", "left"  # where a sign is: host, process, count
 # Longer than any rank waits for another that lives. It is the watchdog that ends what hangs.
 CONTROL_TIMEOUT = timedelta(days=7)
 
 # NCCL does not see a peer that is gone. Set unless the user has set them.
 NCCL_SETTINGS = {
     # a collective that took longer than the timeout ends its process, without tidying up, which could hang
+    # (torchrun itself sets 1: with tidying up)
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     # ... at once: no dump is written, and no other rank is waited for that could write one
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
@@ -61,8 +66,8 @@ def lost_peer(error: RuntimeError) -> str | None:
     return text.splitlines()[0].rpartition("] ")[2] if "/gloo/" in text else text.splitlines()[0]
 
 
-def leave(message: str) -> int:
-    """Says why this rank leaves, and returns its exit status.
+def explain(message: str) -> None:
+    """Says why this rank leaves.
 
     Under a launcher the words go to the file in which it looks for them; it decides whose are shown.
     """
@@ -73,7 +78,6 @@ def leave(message: str) -> int:
             json.dump(note, file)
     else:
         print(f"error: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
-    return LOST_PEER
 
 
 class Watchdog:
@@ -91,7 +95,8 @@ class Watchdog:
         self._rank = rank
         self._silence_s = silence_s
         self._stopped = threading.Event()
-        self._heard = [(b"", time.monotonic())] * size  # the last sign of each rank, and when it came
+        self._heard = [(_NONE, time.monotonic())] * size  # the last sign of each rank, and when it came
+        self._sign = f"{socket.gethostname()} {os.getpid()}"
         # two threads, for a store whose machine is gone answers the first one never
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
@@ -99,20 +104,22 @@ class Watchdog:
     def stop(self) -> None:
         """This rank leaves, as it should."""
         self._stopped.set()
-        self._store.set(self._keys[self._rank], "left")
+        self._store.set(self._keys[self._rank], _LEFT)
 
     def _beat(self) -> None:
         count = 0
         while not self._stopped.wait(_BEAT_S):
             count += 1
             try:
-                self._store.set(self._keys[self._rank], str(count))
-                signs = [self._store.get(key) if self._store.check([key]) else b"" for key in self._keys]
+                self._store.set(self._keys[self._rank], f"{self._sign} {count}")
+                signs = [
+                    self._store.get(key).decode() if self._store.check([key]) else _NONE for key in self._keys
+                ]
             except RuntimeError:
                 return  # the store is gone: so `_watch` will say
             now = time.monotonic()
             for rank, sign in enumerate(signs):
-                if sign == b"left" or sign != self._heard[rank][0]:
+                if sign == _LEFT or sign != self._heard[rank][0]:
                     self._heard[rank] = sign, now
 
     def _watch(self) -> None:
@@ -120,12 +127,17 @@ class Watchdog:
             since = time.monotonic() - self._silence_s
             silent = [rank for rank, (_, when) in enumerate(self._heard) if when < since]
             if self._rank in silent:
-                where = os.environ.get("MASTER_ADDR")
-                self._end(f"the first node ({where}) gives no sign of life for {self._silence_s:.0f} s")
+                self._end(f"the node of rank 0 ({os.environ['MASTER_ADDR']})", [])
             elif silent:
-                who = ", ".join(map(str, silent))
-                self._end(f"rank {who} gives no sign of life for {self._silence_s:.0f} s")
+                self._end(f"rank {', '.join(map(str, silent))}", silent)
 
-    def _end(self, message: str) -> None:
-        if not self._stopped.is_set():
-            os._exit(leave(message))
+    def _end(self, who: str, silent: list[int]) -> None:
+        if self._stopped.is_set():
+            return
+        explain(f"lost another rank: {who} has given no sign of life for {self._silence_s:.0f} s")
+        for rank in silent:  # one that is stopped hears no SIGTERM, and its launcher would wait for it
+            host, process, _ = self._heard[rank][0].split()
+            if host == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
+        os._exit(SILENT_PEER)
