@@ -240,9 +240,9 @@ def main() -> None:
         status = _run()
     if status in (0, PREEMPTED):
         shut_down()
-    if "WORLD_SIZE" in os.environ:
-        # Without taking leave of Python: gloo's threads can abort that. After an error all ranks leave at
-        # once, and there is nobody to take leave of.
+    if "WORLD_SIZE" in os.environ or status == PREEMPTED:
+        # Without taking leave of Python: gloo's threads can abort that, and one that reads standard input.
+        # After an error all ranks leave at once, and there is nobody to take leave of.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
