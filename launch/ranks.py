@@ -52,7 +52,7 @@ def launch(arguments: list[str]) -> int:
             raise ValueError("--nproc-per-node 0 starts nothing")
         threads = max(1, len(os.sched_getaffinity(0)) // int(args.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torchrun's own account of it
     for name, value in NCCL_SETTINGS.items():
         os.environ.setdefault(name, value)
     args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it

@@ -14,9 +14,11 @@ echo "job ${job:-$SLURM_JOB_ID}: its log and results are in $results"
 exec >>"$results/log.txt" 2>&1
 
 under=() # what each node's launcher runs under: a profiler
-warned=
+warned= cancelled=
 # Slurm's warning comes to this shell alone (--signal=B:USR1@120); it goes on to the ranks.
-trap 'warned=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
+trap 'warned=yes; scancel --quiet --signal=USR1 "$SLURM_JOB_ID" || true' USR1
+# Cancelled, or preempted by Slurm, which gives the signal to the ranks itself, and then decides what becomes of it.
+trap 'cancelled=yes' TERM
 
 # ranks COMMAND ...: `dejavu COMMAND ...` on every rank of every node. If it fails, the job does; if it was told to
 # stop, the job is queued again.
@@ -42,11 +44,11 @@ ranks() {
     --nproc-per-node "${DEJAVU_RANKS:-${SLURM_GPUS_ON_NODE:-1}}" "$@" &
   step=$!
   wait "$step" || status=$?
-  if [[ $warned ]]; then # that ended the first wait
+  if [[ $warned || $cancelled ]]; then # that ended the first wait
     status=0
     wait "$step" || status=$?
   fi
-  if [[ -e $results/preempted || ($warned && $status != 0) ]]; then
+  if [[ ! $cancelled && (-e $results/preempted || ($warned && $status != 0)) ]]; then
     requeue
   fi
   ((status == 0)) || exit "$status"
