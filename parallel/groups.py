@@ -152,9 +152,11 @@ def init_tp(device: torch.device) -> TPGroup:
             taken = "EADDRINUSE" in str(e)
             cause = "its port is in use; choose another MASTER_PORT" if taken else str(e).splitlines()[0]
             raise ValueError(f"cannot join the other ranks at {where}: {cause}") from e
-        dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(CONTROL_TIMEOUT)
+        world = dist.group.WORLD
+        assert world is not None
+        world._get_backend(torch.device("cpu"))._set_default_timeout(CONTROL_TIMEOUT)
         if on_cuda:
-            dist.group.WORLD._get_backend(device)._set_default_timeout(timedelta(seconds=timeout))
+            world._get_backend(device)._set_default_timeout(timedelta(seconds=timeout))
         _watchdogs.append(Watchdog(dist.get_rank(), dist.get_world_size(), min(SILENCE_S, timeout)))
     return TPGroup(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=dist.group.WORLD)
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 # How a rank exits that lost another: LOST_PEER if its launcher may know better why, SILENT_PEER if not.
 LOST_PEER, SILENT_PEER = 76, 77
@@ -90,7 +91,7 @@ class Watchdog:
     def __init__(self, rank: int, size: int, silence_s: float) -> None:
         # a connection of its own: the group's is taken while the main thread waits in it
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.TCPStore(address, port, is_master=False)
+        self._store = TCPStore(address, port, is_master=False)
         self._keys = [f"dejavu/alive/{r}" for r in range(size)]
         self._rank = rank
         self._silence_s = silence_s
@@ -98,13 +99,16 @@ class Watchdog:
         self._heard = [(_NONE, time.monotonic())] * size  # the last sign of each rank, and when it came
         self._sign = f"{socket.gethostname()} {os.getpid()}"
         # two threads, for a store whose machine is gone answers the first one never
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, daemon=True).start()
+        self._beats = threading.Thread(target=self._beat, daemon=True)
+        self._beats.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def stop(self) -> None:
         """This rank leaves, as it should."""
         self._stopped.set()
-        self._store.set(self._keys[self._rank], _LEFT)
+        self._beats.join(2 * _BEAT_S)
+        with suppress(RuntimeError):  # the store left before
+            self._store.set(self._keys[self._rank], _LEFT)
 
     def _beat(self) -> None:
         count = 0
@@ -123,9 +127,12 @@ class Watchdog:
                     self._heard[rank] = sign, now
 
     def _watch(self) -> None:
+        now = time.monotonic()
         while not self._stopped.wait(_BEAT_S):
-            since = time.monotonic() - self._silence_s
-            silent = [rank for rank, (_, when) in enumerate(self._heard) if when < since]
+            before, now = now, time.monotonic()
+            if now - before > 3 * _BEAT_S:  # this rank itself was stopped, perhaps all of the job
+                self._heard = [(sign, now) for sign, _ in self._heard]
+            silent = [rank for rank, (_, when) in enumerate(self._heard) if now - when > self._silence_s]
             if self._rank in silent:
                 self._end(f"the node of rank 0 ({os.environ['MASTER_ADDR']})", [])
             elif silent:

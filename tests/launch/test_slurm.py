@@ -172,6 +172,20 @@ def test_a_rank_that_dies_fails_the_job_and_is_named(cluster):
     assert cluster.show(job)["ExitCode"] == "137:0"
 
 
+def test_a_node_that_is_lost_ends_the_job(cluster):
+    job = cluster.submit("generate", *LONG, options=["--nodes=2"], DEJAVU_TIMEOUT=5)
+    cluster.wait_until(job, lambda: is_generating(process_of(job, 0)), "a generation")
+    began = time.monotonic()
+    try:
+        assert cluster.run("ip", "link", "set", "vdejavu2", "down").returncode == 0
+        said = "lost another rank: rank 1 has given no sign of life for 5 s"
+        cluster.wait_until(job, lambda: said in cluster.log(job), "a word")
+        assert time.monotonic() - began < 30
+    finally:
+        cluster.run("ip", "link", "set", "vdejavu2", "up")
+    assert cluster.wait(job) == "FAILED"
+
+
 def test_gpus_that_do_not_exist_are_refused(cluster):
     script = SCRIPTS / "generate.sbatch"
     run = cluster.run("sbatch", "--gpus-per-node=8", script, "--prompt", "Once")
