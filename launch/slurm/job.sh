@@ -13,6 +13,9 @@ mkdir -p "$results"
 echo "job ${job:-$SLURM_JOB_ID}: its log and results are in $results"
 exec >>"$results/log.txt" 2>&1
 
+# srun asks for one CPU a task, whatever the job has, unless it is told
+[[ ! ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 under=() # what each node's launcher runs under: a profiler
 warned= cancelled=
 # Slurm's warning comes to this shell alone (--signal=B:USR1@120); it goes on to the ranks.
@@ -25,6 +28,7 @@ trap 'cancelled=yes' TERM
 ranks() {
   local head step status=0
   head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  [[ ! $warned ]] || requeue # too late to begin anything
   rm -f "$results/preempted"
   # A node's number is known on the node. A node whose ranks were told to stop leaves a file and ends well, for
   # Slurm kills the other nodes when one ends badly, and they may not have said all yet.
@@ -43,11 +47,10 @@ ranks() {
     --master-addr "$head" --master-port "$((20000 + SLURM_JOB_ID % 20000))" \
     --nproc-per-node "${DEJAVU_RANKS:-${SLURM_GPUS_ON_NODE:-1}}" "$@" &
   step=$!
+  while kill -0 "$step" 2>/dev/null; do
+    wait "$step" || true # a signal ends a wait, not the step
+  done
   wait "$step" || status=$?
-  if [[ $warned || $cancelled ]]; then # that ended the first wait
-    status=0
-    wait "$step" || status=$?
-  fi
   if [[ ! $cancelled && (-e $results/preempted || ($warned && $status != 0)) ]]; then
     requeue
   fi
