@@ -4,8 +4,11 @@ import ctypes
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,9 +35,11 @@ from dejavu.launch.profiling import profile_command, torch_traced
 from dejavu.launch.ranks import USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
+from dejavu.parallel.watchdog import LOST_PEER, explain, lost_peer
 from dejavu.profiles import nvtx
-from dejavu.runtime.engine import Engine, Generation
+from dejavu.runtime.engine import Generation
 from dejavu.runtime.graphs import MAX_BATCH
+from dejavu.runtime.preemption import PREEMPTED, Preemption
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.sparsity import DENSE
 from dejavu.runtime.weights import DEMO
@@ -127,18 +132,28 @@ def generate(
         fill_kv=fill_kv,  # type: ignore[arg-type]  # Engine checks it
         overlap=overlap,  # type: ignore[arg-type]  # Engine checks it
     )
+    preemption = Preemption(engine.pipeline.world)
     if stdin:
-        answer_stream(engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch)
+        if answer_stream(
+            engine, sys.stdin.buffer, print_line, defaults=params, max_batch=max_batch, preemption=preemption
+        ):
+            raise typer.Exit(PREEMPTED)
         return
-    if len(prompts) == 1 and not as_json:
-        generation = _generate_aloud(engine, prompts[0], params, verify_every)
+    run = partial(
+        engine.generate, params=params, verify_every=verify_every, shall_stop=preemption.after_token
+    )
+    if as_json:
+        generation = run(prompts, max_batch=max_batch)
+        print_line(json.dumps(asdict(generation)))
+    elif len(prompts) == 1:
+        generation = _generate_aloud(run, prompts[0])
     else:
-        generation = engine.generate(prompts, params, max_batch=max_batch, verify_every=verify_every)
-        if as_json:
-            print_line(json.dumps(asdict(generation)))
-            return
+        generation = run(prompts, max_batch=max_batch)
         _print_results(generation)
-    _print_summary(generation)
+    if not as_json:
+        _print_summary(generation)
+    if generation.preempted:
+        raise typer.Exit(PREEMPTED)
 
 
 @app.command()
@@ -181,7 +196,7 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None, stdin: bool) ->
     return prompts
 
 
-def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams, verify_every: int = 0) -> Generation:
+def _generate_aloud(run: Callable[..., Generation], prompt: str) -> Generation:
     """Prints the prompt and its text as it comes; a prompt that is refused is not echoed."""
     unsaid = [prompt]
 
@@ -189,7 +204,7 @@ def _generate_aloud(engine: Engine, prompt: str, params: SamplingParams, verify_
         print(*unsaid, text, sep="", end="", flush=True)
         unsaid.clear()
 
-    generation = engine.generate([prompt], params, verify_every=verify_every, on_text=on_text)
+    generation = run([prompt], on_text=on_text)
     print(*unsaid)
     return generation
 
@@ -232,11 +247,11 @@ def main() -> None:
     """Runs the command; what a user got wrong becomes one line on standard error and exit status 2."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if global_rank() == 0 else nowhere):
         status = _run()
-    if status == 0:
+    if status in (0, PREEMPTED):
         shut_down()
-    if "WORLD_SIZE" in os.environ:
-        # Without taking leave of Python: gloo's threads can abort that. After an error all ranks leave at
-        # once, and there is nobody to take leave of.
+    if "WORLD_SIZE" in os.environ or status == PREEMPTED:
+        # Without taking leave of Python: gloo's threads can abort that, and one that reads standard input.
+        # After an error all ranks leave at once, and there is nobody to take leave of.
         sys.stdout.flush()
         sys.stderr.flush()
         if nvtx.is_on():  # the profiler has handlers to write what it has seen
@@ -257,6 +272,13 @@ def _run() -> int:
         if os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
         return _fail(str(e))
+    except RuntimeError as e:
+        cause = lost_peer(e)
+        if cause is None or os.environ.get("DEJAVU_TRACEBACK") == "1":
+            raise
+        time.sleep(1)  # so that the launcher sees the rank that is the cause before those that lost it
+        explain(f"lost another rank: {cause}")
+        return LOST_PEER
 
 
 def _fail(message: str) -> int:

@@ -41,12 +41,14 @@ def profile_command(
 ) -> None:
     """Where the time goes: dejavu profile -- dejavu launch --nproc-per-node 2 generate --prompt Once
 
-    Around a launcher it sees all ranks at once; started by a launcher, on each rank, that rank alone.
+    Around a launcher it sees all ranks at once; started by a launcher, on each rank, that rank alone, and writes
+    to a folder named by its number.
     """
     if profiler not in PROFILERS:
         raise ValueError(f"with={profiler!r} is unknown: use {', '.join(PROFILERS)}")
     if bool(command) == (report_of is not None):
         raise ValueError("give a command to run, after --, or a --report to read")
+    out /= _own_folder()
     out.mkdir(parents=True, exist_ok=True)
     if command:
         run = _run_nsys if profiler == "nsys" else _run_torch
@@ -54,7 +56,7 @@ def profile_command(
     assert report_of is not None
     rows = _report(report_of, out)
     _show(rows)
-    stderr().print(f"written: {out}/report{_of_rank()}.json, .md and timeline{_of_rank()}.png")
+    stderr().print(f"written: {out}/report.json, report.md and timeline.png")
     if as_json:
         print(json.dumps({"ranks": rows}))
 
@@ -78,7 +80,7 @@ def _run_nsys(command: list[str], out: Path) -> Path:
     if shutil.which("nsys") is None:
         raise ValueError("nsys is not on the path: install Nsight Systems, or use --with torch")
     _clean(out)
-    made = out / f"profile{_of_rank()}"
+    made = out / "profile"
     traces = ["nvtx", "osrt", *(["cuda"] if torch.cuda.is_available() else [])]
     options = [f"--trace={','.join(traces)}", "--sample=none", "--cpuctxsw=none", "--force-overwrite=true"]
     if torch.cuda.is_available():
@@ -109,15 +111,14 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 def _clean(out: Path) -> None:
     """An earlier run's ranks and graphs are not this one's."""
-    if not _of_rank():
-        for path in (*out.glob("graph-*.json"), *out.glob("rank-*.json")):
-            path.unlink()
+    for path in (*out.glob("graph-*.json"), *out.glob("rank-*.json")):
+        path.unlink()
 
 
-def _of_rank() -> str:
-    """What a rank that is profiled by itself adds to the names of its files."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-    return "" if rank is None else f"-{rank}"
+def _own_folder() -> str:
+    """Where one of several that run at once writes: a rank of torchrun, a task of a Slurm step."""
+    task = os.environ.get("SLURM_PROCID", "") if "SLURM_STEP_ID" in os.environ else ""
+    return os.environ.get("RANK", task)
 
 
 def _report(path: Path, out: Path) -> list[Row]:
@@ -132,10 +133,10 @@ def _report(path: Path, out: Path) -> list[Row]:
     rows = [report(process, its_steps) for process, its_steps in found]
     process, its_steps = found[0]
     hardware = f"{len(found)} x {process.device}" if process.device else "CPU"
-    write_record(out, f"report{_of_rank()}", _flat(rows), device=hardware)
+    write_record(out, "report", _flat(rows), device=hardware)
     title = f"{process.label} of {len(found)} on {process.device or 'the CPU'}"
     lanes = "stream" if process.kernels else "thread"
-    timeline_page(middle_step(its_steps), out / f"timeline{_of_rank()}.png", title=title, unit=lanes)
+    timeline_page(middle_step(its_steps), out / "timeline.png", title=title, unit=lanes)
     return rows
 
 

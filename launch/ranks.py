@@ -1,9 +1,18 @@
-"""torchrun for `dejavu`: the same launcher and options, but a failure ends in one line and its own status."""
+"""torchrun for `dejavu`: the same launcher and options, but a failure ends in one line and its own status.
+
+SIGTERM and SIGUSR1 go on to the ranks, however long they take to end. (torchrun dies of SIGUSR1, and after
+SIGTERM it forgets how its ranks ended.)
+"""
 
 import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -12,7 +21,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
+from dejavu.parallel.watchdog import LOST_PEER, NCCL_SETTINGS, SILENT_PEER
+from dejavu.runtime.preemption import PREEMPTED, SIGNALS
+
 USER_ERROR = 2
+_OF_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
 
 
 def launch(arguments: list[str]) -> int:
@@ -39,11 +52,18 @@ def launch(arguments: list[str]) -> int:
             raise ValueError("--nproc-per-node 0 starts nothing")
         threads = max(1, len(os.sched_getaffinity(0)) // int(args.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torchrun's own account of it
+    for name, value in NCCL_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _OF_TORCHRUN
+    told: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, partial(_pass_on, told))
     try:
         run(args)
     except ChildFailedError as e:
-        return _report(e)
+        return _report(e, told)
     except (DistNetworkError, OSError) as e:
         if "EADDRINUSE" in str(e) or "address already in use" in str(e).lower():
             raise ValueError(
@@ -59,19 +79,51 @@ def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def _report(error: ChildFailedError) -> int:
+def _pass_on(told: list[int], number: int, _: FrameType | None) -> None:
+    """Gives a signal to the ranks; without any yet, ends this process."""
+    told.append(number)
+    ranks = _children()
+    if not ranks:
+        raise SystemExit(PREEMPTED)
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank, number)
+
+
+def _children() -> list[int]:
+    """The processes whose parent is this one."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has gone meanwhile
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.append(int(stat.parent.name))
+    return found
+
+
+def _report(error: ChildFailedError, told: Sequence[int]) -> int:
+    """Says who is to blame, and how to exit for it."""
     failures = error.failures
-    if any(failure.exitcode == USER_ERROR for failure in failures.values()):
+    statuses = {failure.exitcode for failure in failures.values()}
+    if USER_ERROR in statuses:
         return USER_ERROR  # the ranks have said what it was
+    if statuses & {PREEMPTED, *(-number for number in told)}:
+        return PREEMPTED  # as they were told
     rank, failure = min(failures.items(), key=lambda item: _order_of_blame(item[1]))
+    if failure.exitcode in (LOST_PEER, SILENT_PEER):
+        why = failure.error_file_data["message"]["message"]
+        print(f"error: rank {rank} (process {failure.pid}) {why}", file=sys.stderr)
+        return failure.exitcode
     killed = failure.exitcode < 0
     cause = signal.Signals(-failure.exitcode).name if killed else f"exit status {failure.exitcode}"
     print(f"error: rank {rank} (process {failure.pid}) died: {cause}", file=sys.stderr)
     return 128 - failure.exitcode if killed else failure.exitcode
 
 
-def _order_of_blame(failure: ProcessFailure) -> tuple[int, int]:
-    """A rank that was killed goes first: the others then fail of the lost connection, perhaps seen earlier.
-    Those that torchrun itself ended go last."""
-    kind = 2 if failure.exitcode == -signal.SIGTERM else 0 if failure.exitcode < 0 else 1
-    return kind, failure.timestamp
+def _order_of_blame(failure: ProcessFailure) -> tuple[int, int, bool]:
+    """A rank that was killed goes first, and what is said of one that hung (which is then killed); next one
+    that failed by itself, then those that lost it; those that torchrun itself ended go last."""
+    status = failure.exitcode
+    first = status < 0 or status == SILENT_PEER
+    kind = 3 if status == -signal.SIGTERM else 0 if first else 2 if status == LOST_PEER else 1
+    return kind, failure.timestamp, status < 0

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
-from dejavu.runtime.engine import Engine
+from dejavu.runtime.engine import Engine, ShallStop
+from dejavu.runtime.preemption import Preemption
 from dejavu.runtime.sampling import SamplingParams
 
 _SETTINGS = {field.name for field in fields(SamplingParams)}
-# The other ranks wait in a collective, whose time-out is minutes: an empty batch now and then renews it.
-_IDLE_S = 30.0
+# How soon a signal is noticed while there is nothing to do, on whatever rank it came.
+_IDLE_S = 1.0
 # How long a batch that has begun waits for one more request: enough for a pipe, too short to be felt.
 _GATHER_S = 0.01
 
@@ -29,19 +30,26 @@ def answer_stream(
     *,
     defaults: SamplingParams,
     max_batch: int,
-) -> None:
-    """Answers every request of ``lines`` until they end. Rank 0 alone reads; every rank writes."""
+    preemption: Preemption,
+) -> bool:
+    """Answers every request of ``lines`` until they end. Rank 0 alone reads; every rank writes.
+
+    Told to stop, it ends the answers it is at, leaves the requests behind them, and returns True.
+    """
     world = engine.pipeline.world
     incoming = _Incoming(lines) if world.rank == 0 else None
-    while True:
+    while not preemption.agreed():
         batch = world.broadcast_object(incoming.take(max_batch) if incoming is not None else None)
         if batch is None:
-            return
-        for answer in _answer(engine, batch, defaults):
+            return False
+        for answer in _answer(engine, batch, defaults, preemption.after_token):
             write(json.dumps(answer))
+    return True
 
 
-def _answer(engine: Engine, lines: list[bytes], defaults: SamplingParams) -> list[dict[str, Any]]:
+def _answer(
+    engine: Engine, lines: list[bytes], defaults: SamplingParams, shall_stop: ShallStop
+) -> list[dict[str, Any]]:
     """The answers to one batch. A request that cannot be answered says why and does not harm the others."""
     answers: list[dict[str, Any]] = []
     accepted: list[tuple[dict[str, Any], str, SamplingParams]] = []
@@ -65,6 +73,7 @@ def _answer(engine: Engine, lines: list[bytes], defaults: SamplingParams) -> lis
             [prompt for _, prompt, _ in accepted],
             [params for _, _, params in accepted],
             max_batch=len(accepted),
+            shall_stop=shall_stop,
         )
         for (answer, _, _), result in zip(accepted, generation.results, strict=True):
             answer.update(text=result.text, token_ids=result.token_ids, finish_reason=result.finish_reason)

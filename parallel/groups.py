@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dejavu.parallel.watchdog import CONTROL_TIMEOUT, NCCL_SETTINGS, SILENCE_S, Watchdog, timeout_s
 from dejavu.profiles import nvtx
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ T = TypeVar("T")
 
 # Elements of the reserved payload: 64 tokens of OPT-175B and something riding along.
 RESERVED = 2**20
+_watchdogs: list[Watchdog] = []  # of this process: none, or one
 
 
 @dataclass(eq=False, slots=True)
@@ -140,7 +143,9 @@ def init_tp(device: torch.device) -> TPGroup:
         return TPGroup(device=device)
     if not dist.is_initialized():
         on_cuda = device.type == "cuda"
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no multicast: it is not to be had on every machine
+        timeout_s()  # refuses a wrong one before any rank waits
+        for name, value in NCCL_SETTINGS.items():
+            os.environ.setdefault(name, value)
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None
@@ -150,12 +155,26 @@ def init_tp(device: torch.device) -> TPGroup:
             taken = "EADDRINUSE" in str(e)
             cause = "its port is in use; choose another MASTER_PORT" if taken else str(e).splitlines()[0]
             raise ValueError(f"cannot join the other ranks at {where}: {cause}") from e
+        world = dist.group.WORLD
+        assert world is not None
+        set_timeouts(world, device)
+        _watchdogs.append(Watchdog(dist.get_rank(), dist.get_world_size(), min(SILENCE_S, timeout_s())))
     nvtx.mark(f"rank {dist.get_rank()} of {dist.get_world_size()}")
     return TPGroup(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=dist.group.WORLD)
 
 
+def set_timeouts(group: dist.ProcessGroup, device: torch.device) -> None:
+    """How long collectives of a new group may take: on GPUs as long as a step, on the CPU until the watchdog
+    has found who is gone."""
+    group._get_backend(torch.device("cpu"))._set_default_timeout(CONTROL_TIMEOUT)
+    if device.type == "cuda":
+        group._get_backend(device)._set_default_timeout(timedelta(seconds=timeout_s()))
+
+
 def shut_down() -> None:
     """Leaves the group, if one was joined."""
+    while _watchdogs:
+        _watchdogs.pop().stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from dejavu.parallel.groups import TPGroup
+from dejavu.parallel.groups import TPGroup, set_timeouts
 from dejavu.profiles.nvtx import nvtx_range
 
 T = TypeVar("T")
@@ -94,6 +94,8 @@ def init_pipeline(world: TPGroup, stages: int) -> tuple[Pipeline, TPGroup]:
         mesh_dim_names=("pp", "tp"),
         backend_override={"pp": backend, "tp": backend},
     )
+    for axis in ("pp", "tp"):
+        set_timeouts(mesh.get_group(axis), device)
     peers, tp = (
         TPGroup(mesh.get_local_rank(axis), size, device, mesh.get_group(axis))
         for axis, size in zip(("pp", "tp"), mesh.shape, strict=True)

@@ -26,6 +26,7 @@ from dejavu.runtime.text import TextStream
 from dejavu.runtime.weights import find_model
 
 OnText = Callable[[int, str], None]
+ShallStop = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Generation:
     sequence were alone and keys and values lazy; the sum over the stages of a pipeline, which work one after
     the other), ``gb_per_s`` that over the mean step. ``density`` is the share of neurons and heads computed,
     the mean over decode steps, layers and ranks; ``drift`` what re-checking found, None if nothing was
-    re-checked. ``pp`` stages of ``tp`` ranks each.
+    re-checked. ``pp`` stages of ``tp`` ranks each. ``preempted``: some texts ended because they were told.
     """
 
     results: list[Result]
@@ -55,6 +56,7 @@ class Generation:
     tp: int
     dtype: str
     device: str
+    preempted: bool
 
 
 @dataclass(slots=True)
@@ -183,6 +185,7 @@ class Engine(Decoder):
         max_batch: int = 16,
         verify_every: int = 0,
         on_text: OnText | None = None,
+        shall_stop: ShallStop = lambda: False,
     ) -> Generation:
         """Continues every prompt.
 
@@ -193,6 +196,8 @@ class Engine(Decoder):
             verify_every: every so many steps the dense step is computed too, and `Generation.drift` says how
                 far the sparse one was; 0: never.
             on_text: called with (prompt's index, new text) as soon as text is certain.
+            shall_stop: asked after every token; answers alike on every rank. If it says so, the texts are
+                what they are by then, those of later batches empty.
 
         Raises:
             ValueError: an empty prompt, one too long for the model's positions, no prompts; logits that are
@@ -210,7 +215,11 @@ class Engine(Decoder):
         drift = Drift()
         for start in range(0, len(requests), max_batch):
             batch = requests[start : start + max_batch]
-            self._run(batch, ttft, steps, on_text, verify_every, drift)
+            self._run(batch, ttft, steps, on_text, verify_every, drift, shall_stop)
+            if any(request.finish_reason == "preempted" for request in batch):
+                break
+        for request in requests:
+            request.preempt()
         return self._generation(requests, ttft, steps, drift)
 
     def _requests(
@@ -265,8 +274,10 @@ class Engine(Decoder):
         on_text: OnText | None,
         verify_every: int,
         drift: Drift,
+        shall_stop: ShallStop,
     ) -> None:
-        """Prefills and decodes one batch to its last sequence's end; appends ms to ``ttft`` and ``steps``.
+        """Prefills and decodes one batch to its last sequence's end, or until it shall stop; appends ms to
+        ``ttft`` and ``steps``.
 
         The host reads a step's tokens while the next step runs. The device ends a sequence by itself at its
         end of text or last token; where a stop string ends it, one step more is computed and not looked at.
@@ -308,6 +319,12 @@ class Engine(Decoder):
                     state.alive[place] = 0
             if all(request.finish_reason is not None for request in batch):
                 return
+            if shall_stop():
+                for request in batch:
+                    text = request.preempt()
+                    if on_text is not None and text:
+                        on_text(request.index, text)
+                return
 
     def _generation(
         self, requests: Sequence[Request], ttft: list[float], steps: list[float], drift: Drift
@@ -336,4 +353,5 @@ class Engine(Decoder):
             tp=self.tp.size,
             dtype=self.dtype,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            preempted=any(request.finish_reason == "preempted" for request in requests),
         )

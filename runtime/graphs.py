@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dejavu.parallel.watchdog import PeerLostError, timeout_s
 from dejavu.profiles import graph_nodes
 
 # The most sequences that decode together; a batch is filled up to the next power of 2.
 MAX_BATCH = 64
-# A step takes milliseconds. One that takes this long will never end: a peer is gone, or the GPU is.
-_HUNG_S = 120.0
 
 
 class StepGraph:
@@ -55,6 +54,7 @@ class TokenMail:
         on_cuda = tokens.is_cuda
         self._slots = [torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=on_cuda) for _ in range(2)]
         self._arrived = [torch.cuda.Event() for _ in range(2)] if on_cuda else []
+        self._timeout_s = timeout_s()
         self._sent = self._received = 0
         # steps that may be under way while the host reads; a CPU computes a step when it is launched
         self.ahead = int(on_cuda)
@@ -74,14 +74,14 @@ class TokenMail:
         Polls, because Python sees no signal while it waits inside CUDA.
 
         Raises:
-            ValueError: they don't come. (No mistake of the user's, but a line and an end are what he needs.)
+            PeerLostError: they don't come. A step takes milliseconds; one that takes so long will never end.
         """
         slot = self._received % 2
         if self._arrived:
-            deadline = time.monotonic() + _HUNG_S
+            deadline = time.monotonic() + self._timeout_s
             while not self._arrived[slot].query():
                 if time.monotonic() > deadline:
-                    raise ValueError(f"a decode step has not ended after {_HUNG_S:.0f} s: is a peer gone?")
+                    raise PeerLostError(f"a step has not ended after {self._timeout_s:.0f} s: a rank hangs")
                 time.sleep(2e-5)
         self._received += 1
         return self._slots[slot].tolist()

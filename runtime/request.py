@@ -6,12 +6,13 @@ from typing import Literal
 from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.text import TextStream
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "preempted"]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to one prompt. ``finish_reason``: ``stop`` (stop string or end of text) or ``length``."""
+    """The answer to one prompt. ``finish_reason``: ``stop`` (stop string or end of text), ``length``, or
+    ``preempted`` (told to stop; the text is what there was by then)."""
 
     prompt: str
     text: str
@@ -43,6 +44,14 @@ class Request:
             text += self.stream.finish()
             if self.stream.stopped:
                 self.finish_reason = "stop"
+        return text
+
+    def preempt(self) -> str:
+        """Ends it where it is, if it has not ended; returns the text that was held back."""
+        if self.finish_reason is not None:
+            return ""
+        text = self.stream.finish()
+        self.finish_reason = "stop" if self.stream.stopped else "preempted"
         return text
 
     def result(self) -> Result:

@@ -55,6 +55,6 @@ def test_kernels_is_no_package_that_transformers_would_find():
 
 def test_no_file_depends_on_a_private_path():
     private = re.compile(r"\bshared/|(?<![\w.])/(?:home|mnt|root|work)/\w")
-    scripts = [ROOT / "Makefile", ROOT / ".ci" / "run", *ROOT.glob("*.toml"), *ROOT.glob("launch/**/*.sh")]
+    scripts = [ROOT / "Makefile", ROOT / ".ci" / "run", *ROOT.glob("*.toml"), *ROOT.glob("launch/**/*.s*h")]
     sources = [*SOURCES, *scripts, *(p for p in (ROOT / "tests").rglob("*.py") if p != Path(__file__))]
     assert not [p for p in sources if private.search(p.read_text())]

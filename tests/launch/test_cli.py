@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dejavu.launch import cli
+from dejavu.launch import cli, ranks
+from dejavu.parallel.watchdog import LOST_PEER, SILENT_PEER, timeout_s
+from dejavu.runtime.preemption import PREEMPTED
 from dejavu.runtime.weights import find_model
 from models import make_model
 
@@ -69,7 +71,7 @@ def test_generate_json_is_one_object_on_the_last_line(dejavu, tmp_path):
     assert set(answer["results"][0]) == {"prompt", "text", "token_ids", "finish_reason"}
     assert set(answer) == {
         "results", "ttft_ms", "ms_per_token", "tokens_per_s", "weight_bytes", "gb_per_s",
-        "density", "policy", "drift", "pp", "tp", "dtype", "device",
+        "density", "policy", "drift", "pp", "tp", "dtype", "device", "preempted",
     }  # fmt: skip
     assert set(answer["ms_per_token"]) == {"mean", "p50", "p99"}
 
@@ -346,16 +348,92 @@ def process_of_rank(launcher, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_launch_names_the_rank_that_dies_in_the_middle():
-    command = [sys.executable, "-m", "dejavu.launch.cli", "launch", "--nproc-per-node", "2"]
-    command += ["generate", "--prompt", "x", "--max-new-tokens", "1000", *CPU]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+ALOUD = ("generate", "--prompt", "x", "--max-new-tokens", "1000", "--ignore-eos", *CPU)
+
+
+@contextlib.contextmanager
+def generating(*launch, **environment):
+    """The command, with its first text out already."""
+    command = [sys.executable, "-m", "dejavu.launch.cli", *launch, *ALOUD]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env={**os.environ, **environment}, **pipes) as process:
         assert process.stdout.read(1) == "x"
+        yield process
+
+
+TWO_RANKS = ("launch", "--nproc-per-node", "2")
+
+
+def test_launch_names_the_rank_that_dies_in_the_middle():
+    with generating(*TWO_RANKS) as process:
         killed = process_of_rank(process.pid, 1)
         os.kill(killed, signal.SIGKILL)
         _, err = process.communicate()
     assert process.returncode == 128 + 9
-    assert err.splitlines()[-1] == f"error: rank 1 (process {killed}) died: SIGKILL"
+    assert err.splitlines() == [f"error: rank 1 (process {killed}) died: SIGKILL"]
+
+
+def test_launch_names_the_rank_that_hangs():
+    with generating(*TWO_RANKS, DEJAVU_TIMEOUT="3") as process:
+        survivor, hung = (process_of_rank(process.pid, rank) for rank in (0, 1))
+        os.kill(hung, signal.SIGSTOP)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == SILENT_PEER
+    said = "lost another rank: rank 1 has given no sign of life for 3 s"
+    assert err.splitlines() == [f"error: rank 0 (process {survivor}) {said}"]
+
+
+def test_without_a_launcher_the_survivor_says_that_it_lost_a_rank():
+    with contextlib.ExitStack() as stack:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "dejavu.launch.cli", *ALOUD]
+        second = stack.enter_context(subprocess.Popen(command, env={**os.environ, **place, "RANK": "1"}))
+        first = stack.enter_context(generating(**place, RANK="0"))
+        second.kill()
+        _, err = first.communicate(timeout=60)
+    assert first.returncode == LOST_PEER
+    assert err.startswith("error: rank 0: lost another rank: ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_two_ranks_end_the_text_where_it_is(number):
+    with generating(*TWO_RANKS) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED
+    assert out.endswith("\n") and " tokens | first after" in err and len(err.splitlines()) == 1
+
+
+def test_launch_that_is_told_before_there_are_ranks(monkeypatch):
+    monkeypatch.setattr(ranks, "_children", lambda: [])
+    with pytest.raises(SystemExit) as exit:
+        ranks._pass_on([], signal.SIGTERM, None)
+    assert exit.value.code == PREEMPTED
+
+
+def test_a_stream_that_is_told_to_stop_ends_when_it_has_answered():
+    command = [sys.executable, "-m", "dejavu.launch.cli", "generate", "--stdin", *CPU]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for tokens in (2, 1000):
+            request = {"id": tokens, "prompt": "Once", "max_new_tokens": tokens, "ignore_eos": True}
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            if tokens == 2:
+                assert json.loads(process.stdout.readline())["finish_reason"] == "length"
+        process.send_signal(signal.SIGUSR1)
+        out = process.stdout.read()
+        assert process.wait(timeout=60) == PREEMPTED
+    assert [(a["id"], a["finish_reason"]) for a in answers(out)] in ([], [(1000, "preempted")])
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "inf", "nan"])
+def test_a_timeout_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("DEJAVU_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"DEJAVU_TIMEOUT={text}: expected seconds, 1 or more"):
+        timeout_s()
 
 
 def test_the_demo_shows_dense_and_sparse_side_by_side(dejavu):

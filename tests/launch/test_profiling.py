@@ -62,11 +62,11 @@ def test_a_report_made_elsewhere(tmp_path):
     assert first["predictors"]["hidden_share"] > 0.9 < second["predictors"]["hidden_share"]
 
 
-def test_a_rank_that_is_profiled_by_itself_names_its_files(tmp_path):
+def test_a_rank_that_is_profiled_by_itself_has_a_folder(tmp_path):
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     run = profile("--with", "torch", "--out", tmp_path, "--", *DEJAVU, *GENERATE, **environment)
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "report-0.json").exists() and (tmp_path / "timeline-0.png").exists()
+    assert (tmp_path / "0" / "report.json").exists() and (tmp_path / "0" / "timeline.png").exists()
 
 
 @pytest.mark.parametrize(
