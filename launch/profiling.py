@@ -41,8 +41,8 @@ def profile_command(
 ) -> None:
     """Where the time goes: dejavu profile -- dejavu launch --nproc-per-node 2 generate --prompt Once
 
-    Around a launcher it sees all ranks at once; started by a launcher, on each rank, that rank alone, and writes
-    to a folder named by its number.
+    Around a launcher it sees all ranks at once; started by a launcher, on each rank, that rank alone, and
+    writes to a folder named by its number.
     """
     if profiler not in PROFILERS:
         raise ValueError(f"with={profiler!r} is unknown: use {', '.join(PROFILERS)}")
