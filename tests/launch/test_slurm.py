@@ -137,6 +137,17 @@ def test_an_array_shares_the_prompts_of_a_file(cluster):
     assert of_task == {3: ["The old man"], 5: ["A boy"], 7: ["The sea"]}
 
 
+def test_a_profile_has_a_folder_a_node(cluster):
+    generate = ("generate", *CPU, "--prompt", "Once", "--max-new-tokens", "4")
+    job = cluster.submit("profile", *generate, options=("--nodes=2",), PROFILER="torch")
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    for node in range(2):
+        folder = cluster.results(job) / "profile" / str(node)
+        rows = json.loads((folder / "report.json").read_text())["rows"]
+        assert rows[0]["rank"] == f"rank {node}" and rows[0]["steps"] == 3
+        assert (folder / "timeline.png").exists()
+
+
 def test_a_training_that_is_requeued_goes_on_where_it_was(cluster):
     text = cluster.folder / "text.txt"
     text.write_text(sentences(450, WHO, DID, WHAT, WHEN))

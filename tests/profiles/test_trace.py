@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +71,49 @@ def test_a_report_of_replays(recorded):
     assert predictors["hidden_share"] == pytest.approx(1 - predictors["exposed"] / predictors["us"])
     assert 0 < found["idle"]["share"] < 0.2
     assert sum(row["per_step"] for row in found["kernels"]) <= found["kernels_per_step"] == 124
+
+
+def test_nsight_systems_tables_give_the_same_report(recorded, tmp_path):
+    """The torch trace, written as `nsys export --type sqlite` lays out its tables."""
+    (process, _), graphs = recorded
+    tid = (1 << 48) | (77 << 24) | 5  # host, process, thread
+    strings = {name: i for i, name in enumerate(sorted({k.name for k in process.kernels}))}
+    with closing(sqlite3.connect(tmp_path / "r.sqlite")) as db:
+        db.executescript(
+            """
+            CREATE TABLE StringIds (id INTEGER, value TEXT);
+            CREATE TABLE NVTX_EVENTS (start, end, eventType, category, text, globalTid, textId, domainId);
+            CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start, end, globalTid, correlationId);
+            CREATE TABLE TARGET_INFO_GPU (name);
+            CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start, end, streamId, correlationId, globalPid,
+                shortName, gridX, gridY, gridZ, blockX, blockY, blockZ);
+            """
+        )
+        db.execute("INSERT INTO TARGET_INFO_GPU VALUES (?)", [process.device])
+        db.executemany("INSERT INTO StringIds VALUES (?, ?)", [(i, name) for name, i in strings.items()])
+        events = [
+            (0, None, 75, None, "dejavu", tid, None, 1),
+            (1, None, 34, None, "rank 0 of 2", tid, None, 1),
+        ]
+        db.executemany("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?, ?, ?)", events)
+        calls = {k.launch: (1e3 * k.launched, 1e3 * k.launched, tid, k.launch) for k in process.kernels}
+        db.executemany("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, ?, ?)", calls.values())
+        db.executemany(
+            f"INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES ({', '.join('?' * 12)})",
+            [
+                (1e3 * k.start, 1e3 * k.end, k.stream, k.launch, tid - 5, strings[k.name], *k.shape)
+                for k in process.kernels
+            ],
+        )
+        db.commit()
+    (found,) = read(tmp_path / "r.sqlite")
+    assert (found.pid, found.label, found.device) == (77, "rank 0", process.device)
+    expected = report(process, steps(process, graphs))
+    got = report(found, steps(found, graphs))
+    assert got.keys() == expected.keys()
+    assert got["predictors"] == pytest.approx(expected["predictors"], rel=1e-3)
+    assert [r["range"] for r in got["ranges"]] == [r["range"] for r in expected["ranges"]]
+    assert got["step_us"] == pytest.approx(expected["step_us"], rel=1e-3)
 
 
 def test_without_what_was_noted_at_capture_there_is_no_step(recorded, tmp_path):
