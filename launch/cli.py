@@ -254,7 +254,7 @@ def main() -> None:
         # After an error all ranks leave at once, and there is nobody to take leave of.
         sys.stdout.flush()
         sys.stderr.flush()
-        if nvtx.is_on():  # the profiler has handlers to write what it has seen
+        if nvtx.is_on() and status in (0, PREEMPTED):  # the profiler has handlers to write what it has seen
             ctypes.CDLL(None).exit(status)
         os._exit(status)
     sys.exit(status)

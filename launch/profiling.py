@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from dejavu.profiles.records import write_record
 from dejavu.profiles.trace import read, read_graphs, steps
 from dejavu.profiles.trace_plots import timeline_page
 from dejavu.profiles.trace_report import Row, middle_step, report
+from dejavu.runtime.preemption import PREEMPTED, SIGNALS
 
 PROFILERS = ("nsys", "torch")
 
@@ -102,11 +104,15 @@ def _run_torch(command: list[str], out: Path) -> Path:
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
     try:
-        status = subprocess.run(command, env={**os.environ, **environment}).returncode
+        child = subprocess.Popen(command, env={**os.environ, **environment})
     except OSError as e:
         raise ValueError(f"cannot run {command[0]}: {e.strerror}") from None
-    if status:
-        raise typer.Exit(status)  # it has said why
+    before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in SIGNALS}
+    status = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if status not in (0, PREEMPTED):  # what was told to stop has decoded until then
+        raise typer.Exit(status if status > 0 else 128 - status)  # it has said why
 
 
 def _clean(out: Path) -> None:
@@ -130,6 +136,9 @@ def _report(path: Path, out: Path) -> list[Row]:
         path = _export(path, out)
     processes, graphs = read(path), read_graphs(folder)
     found = [(process, steps(process, graphs)) for process in processes]
+    found = [
+        (process, of_it) for process, of_it in found if of_it
+    ] or found  # of one without, `report` says so
     rows = [report(process, its_steps) for process, its_steps in found]
     process, its_steps = found[0]
     hardware = f"{len(found)} x {process.device}" if process.device else "CPU"

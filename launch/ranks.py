@@ -107,7 +107,8 @@ def _report(error: ChildFailedError, told: Sequence[int]) -> int:
     statuses = {failure.exitcode for failure in failures.values()}
     if USER_ERROR in statuses:
         return USER_ERROR  # the ranks have said what it was
-    if statuses & {PREEMPTED, *(-number for number in told)}:
+    ends = {PREEMPTED, LOST_PEER, SILENT_PEER, *(-number for number in told)}
+    if (told and statuses <= ends) or PREEMPTED in statuses:
         return PREEMPTED  # as they were told
     rank, failure = min(failures.items(), key=lambda item: _order_of_blame(item[1]))
     if failure.exitcode in (LOST_PEER, SILENT_PEER):

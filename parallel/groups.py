@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dejavu.parallel.watchdog import CONTROL_TIMEOUT, NCCL_SETTINGS, SILENCE_S, Watchdog, timeout_s
+from dejavu.parallel.watchdog import CONTROL_TIMEOUT, NCCL_SETTINGS, Watchdog, silence_s, timeout_s
 from dejavu.profiles import nvtx
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def init_tp(device: torch.device) -> TPGroup:
         world = dist.group.WORLD
         assert world is not None
         set_timeouts(world, device)
-        _watchdogs.append(Watchdog(dist.get_rank(), dist.get_world_size(), min(SILENCE_S, timeout_s())))
+        _watchdogs.append(Watchdog(dist.get_rank(), dist.get_world_size(), silence_s()))
     nvtx.mark(f"rank {dist.get_rank()} of {dist.get_world_size()}")
     return TPGroup(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=dist.group.WORLD)
 

@@ -9,6 +9,7 @@
 A rank may wait for another as long as that one lives: loading and training take what they take.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -59,6 +60,11 @@ def timeout_s() -> float:
     return seconds
 
 
+def silence_s() -> float:
+    """How long a rank may give no sign of life: no longer than a step may take, but some signs."""
+    return max(5 * _BEAT_S, min(SILENCE_S, timeout_s()))
+
+
 def lost_peer(error: RuntimeError) -> str | None:
     """What an error of a collective says of a lost peer, in one line; None if it says nothing of it."""
     text = str(error).strip()
@@ -102,9 +108,12 @@ class Watchdog:
         self._beats = threading.Thread(target=self._beat, daemon=True)
         self._beats.start()
         threading.Thread(target=self._watch, daemon=True).start()
+        atexit.register(self.stop)  # where nobody says that this rank leaves: a user's own script
 
     def stop(self) -> None:
         """This rank leaves, as it should."""
+        if self._stopped.is_set():
+            return
         self._stopped.set()
         self._beats.join(2 * _BEAT_S)
         with suppress(RuntimeError):  # the store left before
@@ -132,10 +141,12 @@ class Watchdog:
             before, now = now, time.monotonic()
             if now - before > 3 * _BEAT_S:  # this rank itself was stopped, perhaps all of the job
                 self._heard = [(sign, now) for sign, _ in self._heard]
-            silent = [rank for rank, (_, when) in enumerate(self._heard) if now - when > self._silence_s]
-            if self._rank in silent:
+            heard = self._heard[self._rank][1]  # when the store last answered
+            if now - heard > self._silence_s:
                 self._end(f"the node of rank 0 ({os.environ['MASTER_ADDR']})", [])
-            elif silent:
+            # by what was known then: with the store gone nobody is heard of, and nobody is to blame for it
+            silent = [rank for rank, (_, when) in enumerate(self._heard) if heard - when > self._silence_s]
+            if silent:
                 self._end(f"rank {', '.join(map(str, silent))}", silent)
 
     def _end(self, who: str, silent: list[int]) -> None:

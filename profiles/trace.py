@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import sqlite3
+import zlib
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,7 @@ class Step:
 
 
 Node = dict[str, Any]
+_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error, sqlite3.Error)
 
 
 def read(path: Path) -> list[Process]:
@@ -95,7 +97,7 @@ def read(path: Path) -> list[Process]:
     try:
         nsys = path.suffix == ".sqlite"
         found = _read_nsys(path) if nsys else [_read_torch(file) for file in files]
-    except (OSError, ValueError, KeyError, TypeError, sqlite3.Error) as e:
+    except _DAMAGED as e:
         raise ValueError(f"cannot read {path}: {type(e).__name__}: {e}") from e
     found = [process for process in found if process.ranges or process.kernels]
     if not found:
@@ -104,8 +106,18 @@ def read(path: Path) -> list[Process]:
 
 
 def read_graphs(folder: Path) -> list[list[Node]]:
-    """What `dejavu.profiles.graph_nodes` has left in a folder."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("graph-*.json"))]
+    """What `dejavu.profiles.graph_nodes` has left in a folder.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    graphs: list[list[Node]] = []
+    for path in sorted(folder.glob("graph-*.json")):
+        try:
+            graphs.append(json.loads(path.read_text()))
+        except _DAMAGED as e:
+            raise ValueError(f"cannot read {path}: {type(e).__name__}: {e}") from e
+    return graphs
 
 
 def _read_torch(path: Path) -> Process:
@@ -273,6 +285,8 @@ def _host_steps(process: Process) -> list[Step]:
     inside: dict[Range, list[Span]] = defaultdict(list)
     for r in process.ranges:
         chain = ranges.around(r.start, r.thread)
+        if r not in chain:
+            continue  # too short for the clock
         chain = chain[: chain.index(r) + 1]
         if (step := next((c for c in chain if c.name == STEP), None)) is not None and step is not r:
             path = tuple(c.name for c in chain[chain.index(step) + 1 :])

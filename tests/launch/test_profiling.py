@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,23 @@ def test_a_rank_that_is_profiled_by_itself_has_a_folder(tmp_path):
     run = profile("--with", "torch", "--out", tmp_path, "--", *DEJAVU, *GENERATE, **environment)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "0" / "report.json").exists() and (tmp_path / "0" / "timeline.png").exists()
+
+
+def test_a_command_that_is_told_to_stop_is_reported_until_then(tmp_path):
+    generate = ["generate", "--prompt", "Once", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cpu"]
+    run = subprocess.Popen(
+        [*DEJAVU, "profile", "--with", "torch", "--out", tmp_path, "--", *DEJAVU, *generate],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    said = ""
+    while "a" not in said:  # its text has begun
+        said += os.read(run.stdout.fileno(), 100).decode()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait() == 0
+    run.stdout.close()
+    ranks = [row for row in json.loads((tmp_path / "report.json").read_text())["rows"] if "rank" in row]
+    assert 0 < ranks[0]["steps"] < 999
 
 
 @pytest.mark.parametrize(

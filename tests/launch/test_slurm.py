@@ -137,6 +137,13 @@ def test_an_array_shares_the_prompts_of_a_file(cluster):
     assert of_task == {3: ["The old man"], 5: ["A boy"], 7: ["The sea"]}
 
 
+def test_an_array_that_is_no_range_is_refused(cluster):
+    (cluster.folder / "prompts.txt").write_text("Once")
+    job = cluster.submit("generate", *CPU, options=["--array=3,7"], PROMPTS="prompts.txt")
+    assert cluster.wait(f"{job}_7") == "FAILED"
+    assert cluster.log(f"{job}_7").startswith("error: the array's tasks are no range")
+
+
 def test_a_profile_has_a_folder_a_node(cluster):
     generate = ("generate", *CPU, "--prompt", "Once", "--max-new-tokens", "4")
     job = cluster.submit("profile", *generate, options=("--nodes=2",), PROFILER="torch")

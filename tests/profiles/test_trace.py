@@ -204,10 +204,22 @@ def test_the_most_frequent_kind_of_step_is_reported():
     assert [step.start for step in found] == [100, 200]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"traceEvents": 3}', '{"traceEvents": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"traceEvents": 3}', '{"traceEvents": []}', '{"traceEvents": ["x"]}']
+)
 def test_what_is_no_trace_is_named(tmp_path, text):
+    (tmp_path / "graph-1-0.json").write_text("{")
+    with pytest.raises(ValueError, match="graph-1-0.json"):
+        read_graphs(tmp_path)
     path = tmp_path / "rank-0.json"
     path.write_text(text)
+    with pytest.raises(ValueError, match=str(path)):
+        read(path)
+
+
+def test_a_truncated_trace_is_named(tmp_path):
+    path = tmp_path / "rank-0.json.gz"
+    path.write_bytes((DATA / "rank-0.json.gz").read_bytes()[:5000])
     with pytest.raises(ValueError, match=str(path)):
         read(path)
 
