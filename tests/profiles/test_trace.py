@@ -209,7 +209,7 @@ def test_the_most_frequent_kind_of_step_is_reported():
 )
 def test_what_is_no_trace_is_named(tmp_path, text):
     (tmp_path / "graph-1-0.json").write_text("{")
-    with pytest.raises(ValueError, match="graph-1-0.json"):
+    with pytest.raises(ValueError, match=r"graph-1-0\.json"):
         read_graphs(tmp_path)
     path = tmp_path / "rank-0.json"
     path.write_text(text)
