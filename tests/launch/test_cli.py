@@ -379,7 +379,7 @@ def test_launch_names_the_rank_that_hangs():
         os.kill(hung, signal.SIGSTOP)
         _, err = process.communicate(timeout=60)
     assert process.returncode == SILENT_PEER
-    said = "lost another rank: rank 1 has given no sign of life for 3 s"
+    said = "lost another rank: rank 1 has given no sign of life for 5 s"
     assert err.splitlines() == [f"error: rank 0 (process {survivor}) {said}"]
 
 
