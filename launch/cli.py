@@ -284,6 +284,7 @@ def _run() -> int:
 def _fail(message: str) -> int:
     # before the ranks have met, each node speaks for itself; afterwards they have agreed on the error
     speaks = global_rank() == 0 or (not dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0")
+    speaks = speaks or sys.argv[1:2] == ["profile"]  # of its own rank alone
     if speaks and message:  # without one, the help was asked for and shown
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return USER_ERROR

@@ -19,6 +19,7 @@ import torch
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
 
 from dejavu.parallel.watchdog import LOST_PEER, NCCL_SETTINGS, SILENT_PEER
@@ -70,6 +71,9 @@ def launch(arguments: list[str]) -> int:
                 f"port {args.master_port} is in use; choose another with --master-port"
             ) from None
         raise
+    except RendezvousError as e:
+        where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
+        raise ValueError(f"cannot meet the other nodes at {where}: {e}") from None
     except SignalException as e:
         return 128 + e.sigval
     return 0

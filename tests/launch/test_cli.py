@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from dejavu.launch import cli, ranks
 from dejavu.parallel.watchdog import LOST_PEER, SILENT_PEER, timeout_s
@@ -333,6 +335,19 @@ def test_launch_options_that_are_wrong(dejavu, options, message):
 def test_bench_options_that_are_wrong(dejavu, options, message):
     status, _, err = dejavu("bench", *options)
     assert_one_clear_line(status, err, message)
+
+
+def test_nodes_that_do_not_meet(dejavu, monkeypatch):
+    def run(args):
+        raise RendezvousConnectionError("the connection has failed")
+
+    monkeypatch.setattr(ranks, "run", run)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    status, _, err = dejavu("launch", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node-a:29500", "demo")
+    assert_one_clear_line(
+        status, err, "cannot meet the other nodes at node-a:29500: the connection has failed"
+    )
 
 
 def process_of_rank(launcher, rank):
