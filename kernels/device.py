@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dejavu.kernels import driver
+
 # Triton's interpreter takes bf16 for the integers that it is stored in, in products and conversions of int8.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Programs that meet at one counter; the largest shapes need a few hundred counters.
@@ -88,11 +90,7 @@ def runs_beside(kernel: Any) -> None:
     function = getattr(kernel, "function", None)  # None in Triton's interpreter
     if function is None or function in _beside:
         return
-    status = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(
-        ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, 100
-    )
-    if status:
-        raise RuntimeError(f"cuFuncSetAttribute failed with CUDA error {status}")
+    driver.call("cuFuncSetAttribute", ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
     _beside.add(function)
 
 

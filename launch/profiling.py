@@ -136,9 +136,8 @@ def _report(path: Path, out: Path) -> list[Row]:
         path = _export(path, out)
     processes, graphs = read(path), read_graphs(folder)
     found = [(process, steps(process, graphs)) for process in processes]
-    found = [
-        (process, of_it) for process, of_it in found if of_it
-    ] or found  # of one without, `report` says so
+    with_steps = [pair for pair in found if pair[1]]
+    found = with_steps or found  # if none has any, `report` says so
     rows = [report(process, its_steps) for process, its_steps in found]
     process, its_steps = found[0]
     hardware = f"{len(found)} x {process.device}" if process.device else "CPU"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dejavu.kernels import driver
 from dejavu.profiles import nvtx
 from dejavu.profiles.records import write_file
 
@@ -44,9 +45,8 @@ class CapturedGraph:
     """The graph that a stream's capture has made so far."""
 
     def __init__(self, stream: int) -> None:
-        self._driver = ctypes.CDLL("libcuda.so.1")
         status, self._graph = ctypes.c_int(), ctypes.c_void_p()
-        self._call(
+        driver.call(
             "cuStreamGetCaptureInfo_v2", ctypes.c_void_p(stream), ctypes.byref(status), None,
             ctypes.byref(self._graph), None, None,
         )  # fmt: skip
@@ -54,25 +54,21 @@ class CapturedGraph:
     def nodes(self) -> list[int]:
         """Handles of all nodes, in the order of their capture."""
         n = ctypes.c_size_t()
-        self._call("cuGraphGetNodes", self._graph, None, ctypes.byref(n))
+        driver.call("cuGraphGetNodes", self._graph, None, ctypes.byref(n))
         if not n.value:
             return []  # an array of none is an error
         handles = (ctypes.c_void_p * n.value)()
-        self._call("cuGraphGetNodes", self._graph, handles, ctypes.byref(n))
+        driver.call("cuGraphGetNodes", self._graph, handles, ctypes.byref(n))
         return [handle for handle in handles if handle is not None]
 
     def kernel(self, node: int) -> tuple[list[int], list[int]] | None:
         """Grid and block of a node that is a kernel."""
         kind, parameters = ctypes.c_int(), _KernelNode()
-        self._call("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+        driver.call("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
         if kind.value != _KERNEL_NODE:
             return None
-        self._call("cuGraphKernelNodeGetParams_v2", ctypes.c_void_p(node), ctypes.byref(parameters))
+        driver.call("cuGraphKernelNodeGetParams_v2", ctypes.c_void_p(node), ctypes.byref(parameters))
         return list(parameters.grid), list(parameters.block)
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if status := getattr(self._driver, name)(*arguments):
-            raise RuntimeError(f"{name} failed with CUDA error {status}")
 
 
 class Recorder:

@@ -16,7 +16,7 @@ Ranges are off until `enable` is called or ``DEJAVU_NVTX=1`` is set. Off, a rang
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -69,9 +69,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def _heard(listener: Listener, name: str, category: Category) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(_annotation(name, category))
-        stack.enter_context(listener(name, category))
+    with _annotation(name, category), listener(name, category):
         yield
 
 

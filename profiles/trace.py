@@ -234,7 +234,8 @@ def _all_steps(process: Process, graphs: Sequence[list[Node]]) -> list[Step]:
     by_launch: dict[int, list[Kernel]] = defaultdict(list)
     for kernel in sorted(process.kernels, key=lambda kernel: kernel.start):
         by_launch[kernel.launch].append(kernel)
-    found = [_replay(group, graphs) for group in by_launch.values() if len(group) > 1]
+    shapes = [Counter(map(_shape, graph)) for graph in graphs]
+    found = [_replay(group, graphs, shapes) for group in by_launch.values() if len(group) > 1]
     single = [group[0] for group in by_launch.values() if len(group) == 1]
     ranges = _Nested(process.ranges)
     launched: dict[Range, list[Span]] = defaultdict(list)
@@ -249,15 +250,17 @@ def _all_steps(process: Process, graphs: Sequence[list[Node]]) -> list[Step]:
     return sorted((step for step in found if step is not None), key=lambda step: step.start)
 
 
-def _replay(kernels: Sequence[Kernel], graphs: Sequence[list[Node]]) -> Step | None:
-    """A replay's kernels, with the ranges of the graph that has the same ones; None: no step of ours."""
-    shapes = Counter(kernel.shape for kernel in kernels)
-    number = next((i for i, graph in enumerate(graphs) if Counter(map(_shape, graph)) == shapes), None)
-    if number is None:
+def _replay(
+    kernels: Sequence[Kernel], graphs: Sequence[list[Node]], shapes: list[Counter[Any]]
+) -> Step | None:
+    """A replay's kernels, with the ranges of the graph that has as many of the same ``shapes``; None: no step
+    of ours."""
+    own = Counter(kernel.shape for kernel in kernels)
+    if own not in shapes:
         return None
-    nodes = graphs[number]
+    number = shapes.index(own)
     waiting: dict[tuple[int, ...], deque[Node]] = defaultdict(deque)
-    for node in nodes:
+    for node in graphs[number]:
         waiting[_shape(node)].append(node)
     spans = []
     for kernel in kernels:

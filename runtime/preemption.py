@@ -32,11 +32,6 @@ class Preemption:
     def _note(self, *_: Any) -> None:
         self._noted = True
 
-    @property
-    def noted(self) -> bool:
-        """Whether this rank got a signal."""
-        return self._noted
-
     def after_token(self) -> bool:
         """Whether to stop; the same answer on every rank, which all ask after every token."""
         self._tokens += 1

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAF = ("profiles.nvtx", "profiles.records", "profiles.graph_nodes")
+LEAF = ("profiles.nvtx", "profiles.records")
 # what each folder may import of ours (DESIGN 1), as prefixes of the names after "dejavu."
 DECODING = ("predictors.selection", "predictors.networks", "predictors.files")
 MAY_IMPORT = {
     "kernels": (*LEAF, "kernels"),
     "parallel": (*LEAF, "parallel", "kernels"),
     **{f"{name.replace('.', '/')}.py": (*LEAF, "kernels", "parallel", *DECODING) for name in DECODING},
-    "runtime": (*LEAF, "kernels", "parallel", *DECODING, "runtime"),
-    **{f"{name.replace('.', '/')}.py": () for name in LEAF[:2]},
-    "profiles/graph_nodes.py": LEAF[:2],
+    "runtime": (*LEAF, "profiles.graph_nodes", "kernels", "parallel", *DECODING, "runtime"),
+    **{f"{name.replace('.', '/')}.py": () for name in LEAF},
+    "profiles/graph_nodes.py": (*LEAF, "kernels.driver"),
     "profiles": (*LEAF, "profiles", "kernels", "parallel", "predictors", "runtime"),
     "predictors": (*LEAF, "profiles", "kernels", "parallel", "predictors", "runtime"),
     "launch": ("",),
