@@ -363,24 +363,28 @@ def process_of_rank(launcher, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
-ALOUD = ("generate", "--prompt", "x", "--max-new-tokens", "1000", "--ignore-eos", *CPU)
+ALOUD = ("generate", "--prompt", "x", "--max-new-tokens", "1000", "--ignore-eos")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)]
 
 
 @contextlib.contextmanager
-def generating(*launch, **environment):
+def generating(*launch, device="cpu", **environment):
     """The command, with its first text out already."""
-    command = [sys.executable, "-m", "dejavu.launch.cli", *launch, *ALOUD]
+    # a GPU has soon said all to one prompt
+    more = ["--prompt", "x"] * 50 + ["--max-batch", "1"] if device == "cuda" else []
+    command = [sys.executable, "-m", "dejavu.launch.cli", *launch, *ALOUD, *more, "--device", device]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env={**os.environ, **environment}, **pipes) as process:
-        assert process.stdout.read(1) == "x"
+        assert process.stdout.read(1) in ("[", "x")
         yield process
 
 
 TWO_RANKS = ("launch", "--nproc-per-node", "2")
 
 
-def test_launch_names_the_rank_that_dies_in_the_middle():
-    with generating(*TWO_RANKS) as process:
+@pytest.mark.parametrize("device", DEVICES)
+def test_launch_names_the_rank_that_dies_in_the_middle(device):
+    with generating(*TWO_RANKS, device=device) as process:
         killed = process_of_rank(process.pid, 1)
         os.kill(killed, signal.SIGKILL)
         _, err = process.communicate()
@@ -388,8 +392,9 @@ def test_launch_names_the_rank_that_dies_in_the_middle():
     assert err.splitlines() == [f"error: rank 1 (process {killed}) died: SIGKILL"]
 
 
-def test_launch_names_the_rank_that_hangs():
-    with generating(*TWO_RANKS, DEJAVU_TIMEOUT="3") as process:
+@pytest.mark.parametrize("device", DEVICES)
+def test_launch_names_the_rank_that_hangs(device):
+    with generating(*TWO_RANKS, device=device, DEJAVU_TIMEOUT="3") as process:
         survivor, hung = (process_of_rank(process.pid, rank) for rank in (0, 1))
         os.kill(hung, signal.SIGSTOP)
         _, err = process.communicate(timeout=60)
@@ -404,7 +409,7 @@ def test_without_a_launcher_the_survivor_says_that_it_lost_a_rank():
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        command = [sys.executable, "-m", "dejavu.launch.cli", *ALOUD]
+        command = [sys.executable, "-m", "dejavu.launch.cli", *ALOUD, *CPU]
         second = stack.enter_context(subprocess.Popen(command, env={**os.environ, **place, "RANK": "1"}))
         first = stack.enter_context(generating(**place, RANK="0"))
         second.kill()
@@ -413,9 +418,10 @@ def test_without_a_launcher_the_survivor_says_that_it_lost_a_rank():
     assert err.startswith("error: rank 0: lost another rank: ") and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_told_to_stop_two_ranks_end_the_text_where_it_is(number):
-    with generating(*TWO_RANKS) as process:
+def test_told_to_stop_two_ranks_end_the_text_where_it_is(number, device):
+    with generating(*TWO_RANKS, device=device) as process:
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED
