@@ -24,7 +24,9 @@ def kernel_page(rows: Sequence[Row], path: Path, *, title: str) -> None:
         figure.suptitle(title, fontsize=15, fontweight="bold")
         for i, ((shape, tp), of) in enumerate(panels):
             axes = figure.add_subplot(lines, columns, i + 1)
-            axes.set_title(shape + (f", one of {tp} ranks" if tp > 1 else ""))
+            batch = of[0]["batch"]
+            of_ranks = f", one of {tp} ranks" if tp > 1 else ""
+            axes.set_title(shape + of_ranks + (f", {batch} sequences" if batch > 1 else ""))
             _panel(axes, of, "rank" if "rank" in of[0] else "density")
         save_figure(figure, path)
 
