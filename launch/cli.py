@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch.distributed as dist
 import typer
@@ -250,14 +250,18 @@ def main() -> None:
     if status in (0, PREEMPTED):
         shut_down()
     if "WORLD_SIZE" in os.environ or status == PREEMPTED:
-        # Without taking leave of Python: gloo's threads can abort that, and one that reads standard input.
-        # After an error all ranks leave at once, and there is nobody to take leave of.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if nvtx.is_on() and status in (0, PREEMPTED):  # the profiler has handlers to write what it has seen
-            ctypes.CDLL(None).exit(status)
-        os._exit(status)
+        _leave(status)
     sys.exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process without taking leave of Python: gloo's threads can abort that, and one that reads
+    standard input. After an error all ranks leave at once, and there is nobody to take leave of."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if nvtx.is_on() and status in (0, PREEMPTED):  # the profiler has handlers to write what it has seen
+        ctypes.CDLL(None).exit(status)
+    os._exit(status)
 
 
 def _run() -> int:
@@ -278,7 +282,7 @@ def _run() -> int:
             raise
         time.sleep(1)  # so that the launcher sees the rank that is the cause before those that lost it
         explain(f"lost another rank: {cause}")
-        return LOST_PEER
+        _leave(LOST_PEER)  # from here: freeing the engine would wait for a GPU that waits for the lost rank
 
 
 def _fail(message: str) -> int:

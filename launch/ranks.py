@@ -54,7 +54,7 @@ def launch(arguments: list[str]) -> int:
         threads = max(1, len(os.sched_getaffinity(0)) // int(args.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.disable(logging.ERROR)  # torchrun's own account of it
-    for name, value in NCCL_SETTINGS.items():
+    for name, value in ({"TORCH_CPP_LOG_LEVEL": "ERROR"} | NCCL_SETTINGS).items():  # of the ranks
         os.environ.setdefault(name, value)
     args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _OF_TORCHRUN

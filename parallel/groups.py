@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dejavu.parallel.watchdog import CONTROL_TIMEOUT, NCCL_SETTINGS, Watchdog, silence_s, timeout_s
+from dejavu.parallel.watchdog import (
+    CONTROL_TIMEOUT,
+    NCCL_SETTINGS,
+    Watchdog,
+    nccl_timeout,
+    silence_s,
+    timeout_s,
+)
 from dejavu.profiles import nvtx
 
 if TYPE_CHECKING:
@@ -164,11 +170,11 @@ def init_tp(device: torch.device) -> TPGroup:
 
 
 def set_timeouts(group: dist.ProcessGroup, device: torch.device) -> None:
-    """How long collectives of a new group may take: on GPUs as long as a step, on the CPU until the watchdog
-    has found who is gone."""
+    """How long collectives of a new group may take: on GPUs a little longer than a step, on the CPU until the
+    watchdog has found who is gone."""
     group._get_backend(torch.device("cpu"))._set_default_timeout(CONTROL_TIMEOUT)
     if device.type == "cuda":
-        group._get_backend(device)._set_default_timeout(timedelta(seconds=timeout_s()))
+        group._get_backend(device)._set_default_timeout(nccl_timeout())
 
 
 def shut_down() -> None:

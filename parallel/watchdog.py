@@ -3,8 +3,9 @@
 - A rank that dies closes its connections: gloo's next collective fails at once (`lost_peer` knows the error).
 - A rank that is stopped, or whose node or network is gone, closes nothing. Every rank gives a sign of life a
   second, in the store where the ranks met; after `SILENCE_S` without one the others leave (`Watchdog`).
-- A rank that lives and does not go on, or a GPU: a decode step ends within `timeout_s`, or the host gives up
-  (`dejavu.runtime.graphs.TokenMail`); NCCL watches its collectives outside graphs (`NCCL_SETTINGS`).
+- A rank that lives and does not go on, or a GPU: a decode step ends within `step_timeout_s`, or the host
+  gives up (`dejavu.runtime.graphs.TokenMail`); NCCL watches its collectives outside graphs, a little longer
+  (`nccl_timeout`, `NCCL_SETTINGS`).
 
 A rank may wait for another as long as that one lives: loading and training take what they take.
 """
@@ -36,9 +37,13 @@ NCCL_SETTINGS = {
     # a collective that took longer than the timeout ends its process, without tidying up, which could hang
     # (torchrun itself sets 1: with tidying up)
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-    # ... at once: no dump is written, and no other rank is waited for that could write one
+    # ... without a dump; but after an error, which a peer's end also is, it still waits four times this, in
+    # milliseconds: longer than `SILENCE_S`, after which the watchdog has said who is gone
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "5000",
+    # stages of a pipeline send and receive one after the other, as they should: no warning of it
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
     # no multicast: it is not to be had on every machine
     "NCCL_NVLS_ENABLE": "0",
 }
@@ -63,6 +68,17 @@ def timeout_s() -> float:
 def silence_s() -> float:
     """How long a rank may give no sign of life: no longer than a step may take, but some signs."""
     return max(5 * _BEAT_S, min(SILENCE_S, timeout_s()))
+
+
+def step_timeout_s() -> float:
+    """How long the host waits for a decode step: until after a sign of life must have come, for the watchdog
+    can say whose did not."""
+    return max(timeout_s(), silence_s() + 5 * _BEAT_S)
+
+
+def nccl_timeout() -> timedelta:
+    """How long NCCL waits for a collective: longer than the host, which gives up in one line."""
+    return timedelta(seconds=step_timeout_s() + 10)
 
 
 def lost_peer(error: RuntimeError) -> str | None:

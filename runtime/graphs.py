@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dejavu.parallel.watchdog import PeerLostError, timeout_s
+from dejavu.parallel.watchdog import PeerLostError, step_timeout_s
 from dejavu.profiles import graph_nodes
 
 # The most sequences that decode together; a batch is filled up to the next power of 2.
@@ -54,7 +54,7 @@ class TokenMail:
         on_cuda = tokens.is_cuda
         self._slots = [torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=on_cuda) for _ in range(2)]
         self._arrived = [torch.cuda.Event() for _ in range(2)] if on_cuda else []
-        self._timeout_s = timeout_s()
+        self._timeout_s = step_timeout_s()
         self._sent = self._received = 0
         # steps that may be under way while the host reads; a CPU computes a step when it is launched
         self.ahead = int(on_cuda)

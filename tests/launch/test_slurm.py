@@ -76,7 +76,7 @@ class Cluster:
 def cluster(tmp_path_factory):
     programs = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", "unshare")
     if missing := [name for name in programs if shutil.which(name) is None]:
-        pytest.skip(f"needs Slurm (.ci/install-slurm): no {', '.join(missing)} here")
+        pytest.skip(f"needs Slurm (.ci/install-tools): no {', '.join(missing)} here")
     if os.geteuid() != 0:
         pytest.skip("needs root, for network namespaces")
     root, folder = tmp_path_factory.mktemp("slurm"), tmp_path_factory.mktemp("jobs")

@@ -102,7 +102,7 @@ def test_mail_waits_until_its_event_has_come():
 
 
 def test_mail_that_never_comes_is_an_error(monkeypatch):
-    monkeypatch.setattr(graphs, "timeout_s", lambda: 0.01)
+    monkeypatch.setattr(graphs, "step_timeout_s", lambda: 0.01)
     mail = TokenMail(torch.tensor([5]))
     mail._arrived = [Event(10**9), Event(0)]
     mail.send()
