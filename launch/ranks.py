@@ -7,6 +7,7 @@ SIGTERM it forgets how its ranks ended.)
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import get_args_parser, run
 
 from dejavu.parallel.watchdog import LOST_PEER, NCCL_SETTINGS, SILENT_PEER
@@ -37,7 +39,7 @@ def launch(arguments: list[str]) -> int:
             two ranks on the CPU, one a GPU and two at most on GPUs.
 
     Raises:
-        ValueError: the rendezvous port is taken.
+        ValueError: the place where the nodes meet does not exist, or its port is taken.
     """
     gpus = torch.cuda.device_count()
     parser = get_args_parser()
@@ -53,6 +55,11 @@ def launch(arguments: list[str]) -> int:
             raise ValueError("--nproc-per-node 0 starts nothing")
         threads = max(1, len(os.sched_getaffinity(0)) // int(args.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    host, _ = parse_rendezvous_endpoint(args.rdzv_endpoint or args.master_addr, default_port=0)
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as e:  # torchrun would try it for a quarter of an hour
+        raise ValueError(f"cannot meet the other nodes at {host}: {e.strerror}") from None
     logging.disable(logging.ERROR)  # torchrun's own account of it
     for name, value in ({"TORCH_CPP_LOG_LEVEL": "ERROR"} | NCCL_SETTINGS).items():  # of the ranks
         os.environ.setdefault(name, value)

@@ -345,10 +345,23 @@ def test_nodes_that_do_not_meet(dejavu, monkeypatch):
     monkeypatch.setattr(ranks, "run", run)
     monkeypatch.setattr(logging, "disable", lambda level: None)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    status, _, err = dejavu("launch", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node-a:29500", "demo")
+    status, _, err = dejavu("launch", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29500", "demo")
     assert_one_clear_line(
-        status, err, "cannot meet the other nodes at node-a:29500: the connection has failed"
+        status, err, "cannot meet the other nodes at localhost:29500: the connection has failed"
     )
+
+
+@pytest.mark.parametrize(
+    "where",
+    [("--rdzv-backend", "c10d", "--rdzv-endpoint", "node-a:29500"), ("--master-addr", "node-a")],
+)
+def test_a_meeting_place_that_does_not_exist(dejavu, monkeypatch, where):
+    def getaddrinfo(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, f"{host} is not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    status, _, err = dejavu("launch", "--nnodes", 2, *where, "demo")
+    assert_one_clear_line(status, err, "cannot meet the other nodes at node-a: node-a is not known")
 
 
 def process_of_rank(launcher, rank):
