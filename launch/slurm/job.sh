@@ -6,20 +6,27 @@
 set -euo pipefail
 export PYTHONSAFEPATH=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
+# an array's task has a number of its own, but for one of them, which has the whole array's
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-results=$(realpath -m "${DEJAVU_RESULTS:-results}/${job:-$SLURM_JOB_ID}")
+job=${job:-$SLURM_JOB_ID}
+results=$(realpath -m "${DEJAVU_RESULTS:-results}/$job")
 attempt=${SLURM_RESTART_COUNT:-0}
 mkdir -p "$results"
-echo "job ${job:-$SLURM_JOB_ID}: its log and results are in $results"
+echo "job $job: its log and results are in $results"
 exec >>"$results/log.txt" 2>&1
 
 # srun asks for one CPU a task, whatever the job has, unless it is told
 [[ ! ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
 under=() # what each node's launcher runs under: a profiler
 warned= cancelled=
 # Slurm's warning comes to this shell alone (--signal=B:USR1@120); it goes on to the ranks.
-trap 'warned=yes; scancel --quiet --signal=USR1 "$SLURM_JOB_ID" || true' USR1
+trap 'warned=yes; scancel --quiet --signal=USR1 "$job" || true' USR1
 # Cancelled, or preempted by Slurm, which gives the signal to the ranks itself, and then decides what becomes of it.
 trap 'cancelled=yes' TERM
 
@@ -58,9 +65,9 @@ ranks() {
 }
 
 requeue() {
-  echo "job $SLURM_JOB_ID was told to stop; attempt $attempt" >&2
+  echo "job $job was told to stop; attempt $attempt" >&2
   if ((attempt < ${DEJAVU_REQUEUES:-20})); then
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
   fi
   exit 75
 }

@@ -230,6 +230,23 @@ def test_a_generation_that_is_warned_keeps_its_text_and_is_requeued(cluster):
     assert cluster.wait(job) == "CANCELLED"
 
 
+def test_a_warned_task_of_an_array_is_requeued_alone(cluster):
+    (cluster.folder / "prompts.txt").write_text("Once\n\nThe sea")
+    array = ("--array=0-1",)
+    job = cluster.submit("generate", *LONG[2:], options=array, PROMPTS="prompts.txt")
+    tasks = [f"{job}_{task}" for task in (0, 1)]
+    ids = [cluster.show(task)["JobId"] for task in tasks]
+    for number in ids:
+        cluster.wait_until(number, lambda n=number: is_generating(process_of(n, 0)), "a generation")
+    warned = ids.index(job)  # the one that has the number of the array
+    assert cluster.run("scancel", "--batch", "--signal=USR1", tasks[warned]).returncode == 0
+    cluster.wait_until(tasks[warned], lambda: cluster.show(tasks[warned])["Restarts"] == "1", "the requeue")
+    other = cluster.show(tasks[1 - warned])
+    assert (other["Restarts"], other["JobState"]) == ("0", "RUNNING")
+    assert cluster.run("scancel", job).returncode == 0
+    assert cluster.wait(tasks[1 - warned]) == "CANCELLED"
+
+
 def test_a_job_that_the_user_cancels_is_not_requeued(cluster):
     job = cluster.submit("generate", *LONG)
     cluster.wait_until(job, lambda: process_of(job, 0), "rank 0")
