@@ -32,10 +32,10 @@ from dejavu.launch.options import (
 )
 from dejavu.launch.pipeline import COMMANDS
 from dejavu.launch.profiling import profile_command, torch_traced
-from dejavu.launch.ranks import USER_ERROR, launch
+from dejavu.launch.ranks import LAUNCHED, USER_ERROR, launch
 from dejavu.launch.requests import answer_stream
 from dejavu.parallel.groups import global_rank, shut_down
-from dejavu.parallel.watchdog import LOST_PEER, explain, lost_peer
+from dejavu.parallel.watchdog import LOST_PEER, explain, lost_peer, note_error
 from dejavu.profiles import nvtx
 from dejavu.runtime.engine import Generation
 from dejavu.runtime.graphs import MAX_BATCH
@@ -286,11 +286,16 @@ def _run() -> int:
 
 
 def _fail(message: str) -> int:
+    message = " ".join(message.split())
+    local_rank = int(os.environ.get("LOCAL_RANK", global_rank()))
     # before the ranks have met, each node speaks for itself; afterwards they have agreed on the error
-    speaks = global_rank() == 0 or (not dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0")
-    speaks = speaks or sys.argv[1:2] == ["profile"]  # of its own rank alone
-    if speaks and message:  # without one, the help was asked for and shown
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    speaks = global_rank() == local_rank or not dist.is_initialized()
+    if not speaks or not message:  # without one, the help was asked for and shown
+        return USER_ERROR
+    if LAUNCHED in os.environ and note_error(message):
+        return USER_ERROR  # whichever rank is the first, the launcher ends the others, perhaps before a word
+    if local_rank == 0 or sys.argv[1:2] == ["profile"]:  # of its own rank alone
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
 
 

@@ -28,6 +28,7 @@ from dejavu.parallel.watchdog import LOST_PEER, NCCL_SETTINGS, SILENT_PEER
 from dejavu.runtime.preemption import PREEMPTED, SIGNALS
 
 USER_ERROR = 2
+LAUNCHED = "DEJAVU_LAUNCHED"  # in the ranks' environment: their launcher is this one, and says what they note
 _OF_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
 
 
@@ -61,7 +62,8 @@ def launch(arguments: list[str]) -> int:
     except socket.gaierror as e:  # torchrun would try it for a quarter of an hour
         raise ValueError(f"cannot meet the other nodes at {host}: {e.strerror}") from None
     logging.disable(logging.ERROR)  # torchrun's own account of it
-    for name, value in ({"TORCH_CPP_LOG_LEVEL": "ERROR"} | NCCL_SETTINGS).items():  # of the ranks
+    of_ranks = {LAUNCHED: "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | NCCL_SETTINGS
+    for name, value in of_ranks.items():
         os.environ.setdefault(name, value)
     args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _OF_TORCHRUN
@@ -117,19 +119,27 @@ def _report(error: ChildFailedError, told: Sequence[int]) -> int:
     failures = error.failures
     statuses = {failure.exitcode for failure in failures.values()}
     if USER_ERROR in statuses:
-        return USER_ERROR  # the ranks have said what it was
+        said = [_note(failure) for failure in failures.values() if failure.exitcode == USER_ERROR]
+        for message in dict.fromkeys(filter(None, said)):
+            print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR
     ends = {PREEMPTED, LOST_PEER, SILENT_PEER, *(-number for number in told)}
     if (told and statuses <= ends) or PREEMPTED in statuses:
         return PREEMPTED  # as they were told
     rank, failure = min(failures.items(), key=lambda item: _order_of_blame(item[1]))
     if failure.exitcode in (LOST_PEER, SILENT_PEER):
-        why = failure.error_file_data["message"]["message"]
-        print(f"error: rank {rank} (process {failure.pid}) {why}", file=sys.stderr)
+        print(f"error: rank {rank} (process {failure.pid}) {_note(failure)}", file=sys.stderr)
         return failure.exitcode
     killed = failure.exitcode < 0
     cause = signal.Signals(-failure.exitcode).name if killed else f"exit status {failure.exitcode}"
     print(f"error: rank {rank} (process {failure.pid}) died: {cause}", file=sys.stderr)
     return 128 - failure.exitcode if killed else failure.exitcode
+
+
+def _note(failure: ProcessFailure) -> str:
+    """What the rank left to say; nothing, if it left nothing."""
+    left = failure.error_file_data["message"]
+    return str(left["message"]) if isinstance(left, dict) else ""
 
 
 def _order_of_blame(failure: ProcessFailure) -> tuple[int, int, bool]:

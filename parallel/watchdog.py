@@ -94,13 +94,18 @@ def explain(message: str) -> None:
 
     Under a launcher the words go to the file in which it looks for them; it decides whose are shown.
     """
+    if not note_error(message):
+        print(f"error: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
+
+
+def note_error(message: str) -> bool:
+    """Leaves the words where a launcher looks for them; False if there is none."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         note = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
         with open(path, "w") as file:
             json.dump(note, file)
-    else:
-        print(f"error: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
+    return bool(path)
 
 
 class Watchdog:

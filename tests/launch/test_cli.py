@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from command import last_object
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from dejavu.launch import cli, ranks
-from dejavu.parallel.watchdog import LOST_PEER, SILENT_PEER, timeout_s
+from dejavu.parallel.watchdog import LOST_PEER, SILENT_PEER, note_error, timeout_s
 from dejavu.runtime.preemption import PREEMPTED
 from dejavu.runtime.weights import find_model
 from models import make_model
@@ -453,6 +454,15 @@ def test_told_to_stop_two_ranks_end_the_text_where_it_is(number, device):
         assert out.endswith("\n") and " tokens | first after" in err and len(err.splitlines()) == 1
     else:
         assert last_object(out)["finish_reason"] == "preempted" and err == ""
+
+
+def test_launch_says_what_the_first_rank_to_fail_has_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert note_error("no such thing")
+    silenced = ProcessFailure(0, 11, -signal.SIGTERM, str(tmp_path / "none"))  # by torchrun, before a word
+    failed = ProcessFailure(1, 12, 2, str(tmp_path / "error.json"))
+    assert ranks._report(ChildFailedError("dejavu", {0: silenced, 1: failed}), []) == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
 
 
 def test_launch_that_is_told_before_there_are_ranks(monkeypatch):
