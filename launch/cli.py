@@ -51,7 +51,7 @@ app.command("convert")(convert_command)
 app.command("profile", context_settings={"allow_interspersed_args": False})(profile_command)
 app.add_typer(bench_app, name="bench")
 
-Sparsity = Annotated[str, typer.Option(help="dense, lossless, or a directory of calibrated predictors.")]
+Sparsity = Annotated[str, typer.Option(help="dense, lossless, demo, or a directory of predictors.")]
 
 
 @app.callback()

@@ -153,7 +153,7 @@ def train_command(
         train(
             directory, traces, out, config, tp=tp, start=start, command=command_line(), on_progress=progress
         )
-    stderr().print(f"{out} is there; next: dejavu calibrate --predictors {out}", soft_wrap=True)
+    stderr().print(f"{out} is there; next: dejavu calibrate --predictors {out} --text ...", soft_wrap=True)
 
 
 def calibrate_command(

@@ -51,7 +51,10 @@ def profile_command(
     if bool(command) == (report_of is not None):
         raise ValueError("give a command to run, after --, or a --report to read")
     out /= _own_folder()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"cannot write to {out}: {e.strerror}") from None
     if command:
         run = _run_nsys if profiler == "nsys" else _run_torch
         report_of = run(command, out)

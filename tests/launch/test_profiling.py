@@ -92,6 +92,7 @@ def test_a_command_that_is_told_to_stop_is_reported_until_then(tmp_path):
     [
         ((), "give a command to run, after --, or a --report to read"),
         (("--with", "perf", "--", "true"), "with='perf' is unknown: use nsys, torch"),
+        (("--out", f"{__file__}/x", "--", "true"), f"cannot write to {__file__}/x: Not a directory"),
         (("--report", "nothing.sqlite"), "there is no report nothing.sqlite"),
         (
             ("--with", "torch", "--", "no-such-command"),
