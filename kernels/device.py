@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dejavu.kernels import driver
+from dejavu.kernels.tuning import Settings
 
 # Triton's interpreter takes bf16 for the integers that it is stored in, in products and conversions of int8.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -48,6 +49,19 @@ def dot(a, b, acc):
     else:
         acc = tl.dot(to_float(a), to_float(b), acc, input_precision="tf32x3")
     return acc
+
+
+@triton.jit
+def row_products(row_ptr, chosen, x_ptr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of weights ``[ROWS, D]``, those that are chosen, times one token's ``x [D]``: fp32 ``[ROWS]``."""
+    cols = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
+        inside = d + cols < D
+        w = tl.load(row_ptr[:, None] + (d + cols)[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
+        acc += to_float(w) * x[None, :]
+    return tl.sum(acc, 1)
 
 
 @triton.jit
@@ -112,6 +126,12 @@ def num_sms(device: torch.device) -> int:
     if device.type == "cpu":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def row_settings(D: int, dtype: torch.dtype) -> Settings:
+    """For a kernel of `row_products`, sound for any shape; PROGRAMS is a number for each multiprocessor."""
+    block = min(1024, triton.next_power_of_2(D))
+    return {"ROWS": 2 if dtype.itemsize > 1 else 4, "BLOCK_D": block, "PROGRAMS": 16, "num_warps": 4}
 
 
 @cache

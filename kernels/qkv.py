@@ -1,4 +1,4 @@
-"""The projections of chosen heads, and the keys and values that the others left out.
+"""The projections of chosen heads or of all, and the keys and values that the others left out.
 
 A head that is not chosen at a position has no key and value there. They are computed when the head is next
 chosen, from the block's inputs, of which a ring keeps the last W; before the ring can overflow they are
@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import arrives_last, counters, dot, has_large_shared_memory
+from dejavu.kernels.device import (
+    arrives_last,
+    counters,
+    dot,
+    has_large_shared_memory,
+    num_sms,
+    row_products,
+    row_settings,
+)
 from dejavu.kernels.tuning import Settings, settings
 
 # Flushes of heads that are never chosen come at different steps, within this many.
@@ -303,6 +311,43 @@ def _qkv_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["N", "T"])
+def _qkv_all_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    N,
+    T,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All heads' rows of Q, K and V for one sequence; a program takes every so-manieth few of them."""
+    position = tl.load(positions_ptr)
+    for first in range(tl.program_id(0) * ROWS, 3 * N * H, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < 3 * N * H
+        y = row_products(weight_ptr + row.to(tl.int64) * D, inside, x_ptr, D, ROWS, BLOCK_D)
+        if HAS_SCALE:
+            y *= tl.load(scale_ptr + row, mask=inside, other=0.0)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        head, kind, h = row // (3 * H), row // H % 3, row % H
+        tl.store(q_ptr + head * H + h, y, mask=inside & (kind == 0))
+        slot = (head.to(tl.int64) * T + position) * H + h
+        kv = y.to(keys_ptr.dtype.element_ty)
+        tl.store(keys_ptr + slot, kv, mask=inside & (kind == 1))
+        tl.store(values_ptr + slot, kv, mask=inside & (kind == 2))
+
+
 def project_qkv(
     x: Tensor,
     inputs: Tensor | None,
@@ -324,6 +369,28 @@ def project_qkv(
     (B, D), (_, N, T, H), device = x.shape, keys.shape, x.device
     W = 1 if inputs is None else inputs.shape[1]
     q = torch.empty(B, N, H, dtype=torch.float32, device=device)
+    if B == 1 and ids is None and inputs is None:
+        rows, of_all = 3 * N * H, row_settings(D, qkv.dtype)
+        of_all = dict(settings("qkv_all", of_all, rows, D, qkv.dtype, 1, device))
+        programs = min(num_sms(device) * of_all.pop("PROGRAMS"), triton.cdiv(rows, of_all["ROWS"]))
+        _qkv_all_kernel[(programs,)](
+            x,
+            qkv,
+            qkv_scale,
+            qkv_bias,
+            q,
+            keys,
+            values,
+            positions,
+            N,
+            T,
+            D=D,
+            H=H,
+            HAS_SCALE=qkv_scale is not None,
+            HAS_BIAS=qkv_bias is not None,
+            **of_all,
+        )
+        return q
     sequences = triton.next_power_of_2(B)
     chosen = settings("qkv", default_settings(qkv.dtype, B, device), 3 * N * H, D, qkv.dtype, B, device)
     blocks, splits = N * triton.cdiv(3 * H, chosen["ROWS"]), chosen["SPLITS"]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, dot, num_sms, to_float, token_block
+from dejavu.kernels.device import MAX_TOKENS, dot, num_sms, row_products, row_settings, token_block
 from dejavu.kernels.predict import launch_compact
 from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
@@ -122,24 +122,20 @@ def _fc1_kernel(
         rows = k
         if HAS_IDS:
             rows = tl.load(ids_ptr + k, mask=chosen, other=0)
-        row_ptr = weight_ptr + rows.to(tl.int64)[:, None] * D
+        row_ptr = weight_ptr + rows.to(tl.int64) * D
         if HAS_BIAS:
             bias = tl.load(bias_ptr + rows, mask=chosen, other=0.0).to(tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + rows, mask=chosen, other=0.0)
         if TOKENS == 1:
-            acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
-                inside = d + cols < D
-                w = tl.load(row_ptr + (d + cols)[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
-                x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
-                acc += to_float(w) * x[None, :]
-            h = tl.sum(acc, 1)[:, None]
+            h = row_products(row_ptr, chosen, x_ptr, D, ROWS, BLOCK_D)[:, None]
         else:
             h = tl.zeros([ROWS, TOKENS], tl.float32)
             for d in tl.range(0, D, BLOCK_D):
                 inside = d + cols < D
-                w = tl.load(row_ptr + (d + cols)[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
+                w = tl.load(
+                    row_ptr[:, None] + (d + cols)[None, :], mask=chosen[:, None] & inside[None, :], other=0.0
+                )
                 x = tl.load(
                     x_ptr + t[None, :] * D + (d + cols)[:, None],
                     mask=(t < T)[None, :] & inside[:, None],
@@ -228,10 +224,9 @@ def _sparse_mlp(
 
 def default_settings(D: int, dtype: torch.dtype, tokens: int) -> Settings:
     """Sound for any shape; PROGRAMS is a number for each multiprocessor."""
-    if tokens > 1:
-        return {"ROWS": 16, "BLOCK_D": 256, "PROGRAMS": 2, "num_warps": 4, "num_stages": 4}
-    block = min(1024, triton.next_power_of_2(D))
-    return {"ROWS": 2 if dtype.itemsize > 1 else 4, "BLOCK_D": block, "PROGRAMS": 16, "num_warps": 4}
+    if tokens == 1:
+        return row_settings(D, dtype)
+    return {"ROWS": 16, "BLOCK_D": 256, "PROGRAMS": 2, "num_warps": 4, "num_stages": 4}
 
 
 _op = register("sparse_mlp", cuda=_sparse_mlp, cpu=sparse_mlp_reference, mutates={"out", "live_tally"})

@@ -23,7 +23,7 @@ from dejavu.profiles.timing import Call, time_calls
 
 _WAYS: dict[str, tuple[str, ...]] = {
     "mlp": ("fc1", "fc2"),
-    "attention": ("qkv", "attention", "out_proj"),
+    "attention": ("qkv", "qkv_all", "attention", "out_proj"),
     "predictor": ("down", "up"),
 }
 _FC1, _SUMS = ("ROWS", "BLOCK_D", "num_warps"), ("ROWS", "BLOCK_D", "num_warps", "STAGES")
@@ -46,6 +46,8 @@ _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...]
     ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (4, 8, 16)),
     ("out_proj", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
     ("qkv", 2): (_QKV, _QKV_16, "SPLITS", (4, 8, 16)),
+    ("qkv_all", 2): (_FC1, _FC1_16, "PROGRAMS", (8, 16)),
+    ("qkv_all", 1): (_FC1, _FC1_8, "PROGRAMS", (4, 16)),
     ("attention", 2): (_TOKENS, ((16, 2, 2), (32, 2, 4), (64, 2, 4)), "SPLITS", (8, 16, 32)),
     ("down", 2): (("ROWS", "BLOCK_D"), ((1, 2048), (2, 1024), (2, 2048), (4, 2048)), "num_warps", (4, 8)),
     ("up", 2): (("ROWS", "BLOCK_R"), _UP, "num_warps", (4, 8)),
@@ -160,6 +162,7 @@ def _key(kernel: str, local: Local, weights: str, rank: int, batch: int) -> str:
         "fc1": ffn,
         "fc2": ffn,
         "qkv": 3 * N * H,
+        "qkv_all": 3 * N * H,
         "attention": N,
         "out_proj": N * H,
         "down": rank,
@@ -182,7 +185,8 @@ def _graphs(
         case = MLPCase(local, weights, device, batch)
         return [case.calls(density)[0] for density in (1.0, 0.25, 0.1)]
     if op == "attention":
-        return [AttentionCase(local, weights, device, density, batch).calls() for density in (1.0, 0.5, 0.25)]
+        cases = [AttentionCase(local, weights, device, density, batch) for density in (1.0, 0.5, 0.25)]
+        return [cases[0].dense_calls(), *(case.calls() for case in cases)]
     return [PredictorCase(local, weights, device, rank, batch).calls()]
 
 
@@ -204,7 +208,7 @@ def _compile(job: tuple[str, Local, str, int, int, str, Settings]) -> None:
         if op == "mlp":
             MLPCase(local, weights, device, batch).calls(0.1)[0][0]()
         elif op == "attention":
-            AttentionCase(local, weights, device, 1.0, batch)
+            AttentionCase(local, weights, device, 1.0, batch).dense_calls()[0]()
         else:
             PredictorCase(local, weights, device, rank, batch).calls()[0]()
     override.clear()

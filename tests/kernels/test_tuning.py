@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dejavu.kernels import predict, qkv, sparse_attention, sparse_mlp, weighted_rows
+from dejavu.kernels.device import row_settings
 from dejavu.kernels.tuning import TABLE, crossover, forget, override, settings, shape_key
 from dejavu.profiles.kernel_bench import DTYPES, SHAPES
 from dejavu.profiles.tune import candidates, crossing, write_crossovers, write_table
@@ -19,6 +20,7 @@ def defaults(tokens=1):
         "fc2": weighted_rows.default_settings(torch.bfloat16, tokens),
         "out_proj": weighted_rows.default_settings(torch.bfloat16, tokens),
         "qkv": qkv.default_settings(torch.bfloat16, tokens, CPU),
+        "qkv_all": row_settings(4096, torch.bfloat16),
         "attention": sparse_attention._default_attention_settings(32, CPU),
         "down": predict._default_down_settings(4096, tokens),
         "up": predict._default_up_settings(1024, tokens),
@@ -36,7 +38,12 @@ def test_every_entry_has_the_settings_that_its_kernel_takes():
 
 @pytest.mark.parametrize(
     ("kernel", "tokens"),
-    [(kernel, n) for kernel in defaults() for n in (1, 8) if (kernel, n) != ("attention", 8)],
+    [
+        (kernel, n)
+        for kernel in defaults()
+        for n in (1, 8)
+        if n == 1 or kernel not in ("attention", "qkv_all")
+    ],
 )
 def test_what_is_tried_has_the_settings_that_its_kernel_takes(kernel, tokens):
     for itemsize in (1, 2):
