@@ -18,7 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dejavu.parallel.groups import TPGroup
-from dejavu.predictors.networks import GROUP, LowRank, Random, Rows, SimHash, Static, dequantise, quantise
+from dejavu.predictors.networks import (
+    LowRank,
+    Random,
+    Rows,
+    SimHash,
+    Static,
+    dequantise,
+    quantise,
+    scales_a_row,
+)
 from dejavu.predictors.selection import KINDS, Kind, Tap
 from dejavu.profiles.records import write_file
 
@@ -85,8 +94,7 @@ class Entry(Strict):
 
 
 def _matrix_bytes(rows: int, columns: int, bits: int) -> float:
-    groups = columns // GROUP if columns % GROUP == 0 else 1
-    return rows * (columns * bits / 8 + (0 if bits == 16 else 2 * groups))
+    return rows * (columns * bits / 8 + (0 if bits == 16 else 2 * scales_a_row(columns, bits)))
 
 
 class OperatingPoint(Strict):
@@ -289,8 +297,8 @@ class PredictorTensors:
         if bits == 16:
             return self.tensor(name, shape, split=split)
         codes = self.tensor(f"{name}.codes", shape, split=split)
-        groups = shape[1] // GROUP if shape[1] % GROUP == 0 else 1
-        return dequantise(codes, self.tensor(f"{name}.scales", (shape[0], groups), split=split))
+        scales = (shape[0], scales_a_row(shape[1], bits))
+        return dequantise(codes, self.tensor(f"{name}.scales", scales, split=split))
 
     def tensor(self, name: str, shape: tuple[int, ...], *, split: bool = True) -> Tensor:
         """A tensor of the global ``shape``, in fp32; this rank's rows of it if ``split``."""

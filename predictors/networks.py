@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dejavu.kernels.predict import predict
 
-# A quantised matrix has one 16-bit scale for so many weights of a row.
+# A matrix of few bits has one 16-bit scale for so many weights of a row; one of 8 bits has one for the row,
+# which is how the kernels read it: they choose what the stored weights choose.
 GROUP = 64
 
 
@@ -44,7 +45,7 @@ class PackedLowRank(nn.Module):
 
     Args:
         network: in fp32.
-        bits: 16 or 8.
+        bits: 16, or 8: exact for weights that were stored in 8.
     """
 
     down: Tensor
@@ -275,6 +276,11 @@ def low_rank_of(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple
     return F.pad(down, (0, 0, 0, max(missing, 0))), F.pad(u[:, :rank] * root, (0, max(missing, 0)))
 
 
+def scales_a_row(columns: int, bits: int) -> int:
+    """How many scales each row of a quantised matrix has."""
+    return columns // GROUP if bits < 8 and columns % GROUP == 0 else 1
+
+
 def quantise(weight: Tensor, bits: int, tries: int = 15) -> tuple[Tensor, Tensor]:
     """``weight [n, D]`` as codes ``int8[n, D]`` of ``bits`` bits and scales ``fp16[n, groups]``.
 
@@ -282,9 +288,8 @@ def quantise(weight: Tensor, bits: int, tries: int = 15) -> tuple[Tensor, Tensor
     the one of ``tries`` that leaves the smallest square error.
     """
     n, D = weight.shape
-    group = GROUP if D % GROUP == 0 else D
     top = 2 ** (bits - 1) - 1
-    w = weight.float().view(n, -1, group)
+    w = weight.float().view(n, scales_a_row(D, bits), -1)
     peak = w.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
     best_error = torch.full_like(peak, torch.inf)
     best_scale = peak

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from dejavu.kernels.predict import standardise
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.files import (
-    GROUP,
     Entry,
     Manifest,
     ModelIdentity,
@@ -24,7 +23,7 @@ from dejavu.predictors.files import (
     save_tensors,
     write_manifest,
 )
-from dejavu.predictors.networks import HeadContribution
+from dejavu.predictors.networks import GROUP, HeadContribution
 from dejavu.predictors.selection import Tap
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.sparsity import at_density, load_policy
@@ -224,8 +223,9 @@ BIG = ModelIdentity(fingerprint="", hidden_size=4 * GROUP, ffn_dim=1000, num_lay
     "settings, expected",
     [
         ({"method": "predicted", "rank": 10}, 2 * (10 * 256 + 1000 * 10) + 2 * 1000),
-        # a scale of two bytes a group of 64 weights, or a row where they do not divide it
+        # a scale of two bytes a group of 64 weights, or a row where they do not divide it, or of 8 bits
         ({"method": "svd", "rank": 10, "bits": 4}, 10 * (256 / 2 + 8) + 1000 * (10 / 2 + 2) + 2 * 1000),
+        ({"method": "predicted", "rank": 10, "bits": 8}, 10 * (256 + 2) + 1000 * (10 + 2) + 2 * 1000),
         ({"method": "quantized", "bits": 2}, 1000 * (256 / 4 + 8) + 2 * 1000),
         ({"method": "sign"}, 1000 * (256 / 8 + 8) + 2 * 1000),
         ({"method": "lsh", "rank": 16}, 2 * 16 * 256 + 1000 * 2 + 4 * 1000),

@@ -100,7 +100,7 @@ def test_a_lower_rank_is_the_best_there_is(weighted):
 def test_quantised_weights(bits, D):
     weight = normals(bits, (9, D))[0].float() * torch.logspace(-2, 2, 9)[:, None]
     codes, scales = quantise(weight, bits)
-    top, groups = 2 ** (bits - 1) - 1, D // GROUP if D % GROUP == 0 else 1
+    top, groups = 2 ** (bits - 1) - 1, D // GROUP if D % GROUP == 0 and bits < 8 else 1
     assert codes.dtype == torch.int8 and codes.shape == weight.shape and int(codes.abs().max()) <= top
     assert scales.dtype == torch.float16 and scales.shape == (9, groups)
     found = dequantise(codes, scales)
@@ -127,6 +127,14 @@ def test_what_lies_on_the_grid_stays():
     codes[:, 0], codes[4] = 7, 0  # the peak of each row; a row of zeros
     weight = codes * torch.tensor([0.25, 2.0, 1.0, 2**-8, 1.0])[:, None]
     assert torch.equal(dequantise(*quantise(weight, 4)), weight)
+
+
+@pytest.mark.parametrize("D", [4 * GROUP, 100])
+def test_what_was_stored_in_8_bits_is_what_the_kernels_read(D):
+    stored = [dequantise(*quantise(w.float(), 8)) for w in normals(3, (16, D), (24, 16))]
+    packed = PackedLowRank(LowRank(*stored, torch.zeros(24)), 8)
+    for name, weight in zip(("down", "up"), stored, strict=True):
+        torch.testing.assert_close(packed._wide(name), weight, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("relu", [False, True])
