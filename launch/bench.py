@@ -93,9 +93,7 @@ def _begin(
     stderr().print(f"{torch.cuda.get_device_name(device)} reads {bench.bandwidth / 1e12:.2f} TB/s")
     if tune_first:
         with bar("tuning") as on_progress:
-            best = tune(
-                Bench(device, bench.bandwidth, replays=8), op, jobs, batch, on_progress or (lambda *_: None)
-            )
+            best = tune(Bench(device, bench.bandwidth, replays=8), op, jobs, batch, on_progress)
         write_table(best, device)
     return bench, jobs
 

@@ -247,11 +247,20 @@ def main() -> None:
     """Runs the command; what a user got wrong becomes one line on standard error and exit status 2."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if global_rank() == 0 else nowhere):
         status = _run()
+        _give_up_what_cannot_be_written()
     if status in (0, PREEMPTED):
         shut_down()
     if "WORLD_SIZE" in os.environ or status == PREEMPTED:
         _leave(status)
     sys.exit(status)
+
+
+def _give_up_what_cannot_be_written() -> None:
+    """Python would try once more when it ends, and say so in its own way."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(status: int) -> NoReturn:
@@ -267,7 +276,9 @@ def _leave(status: int) -> NoReturn:
 def _run() -> int:
     try:
         with torch_traced():
-            return app(standalone_mode=False) or 0
+            status: int = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+        return status
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except typer.TyperException as e:
@@ -276,6 +287,10 @@ def _run() -> int:
         if os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
         return _fail(str(e))
+    except OSError as e:  # a full disk, a reader that has gone
+        if os.environ.get("DEJAVU_TRACEBACK") == "1":
+            raise
+        return _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e))
     except RuntimeError as e:
         cause = lost_peer(e)
         if cause is None or os.environ.get("DEJAVU_TRACEBACK") == "1":

@@ -1,5 +1,6 @@
 """What the commands share: options, progress, output of rank 0."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -11,6 +12,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -21,7 +23,8 @@ from dejavu.predictors.selection import Overlap
 from dejavu.profiles import nvtx
 from dejavu.runtime.decoding import FillKV
 from dejavu.runtime.engine import Engine
-from dejavu.runtime.loading import OnLoad
+
+_LOG_EVERY_S = 60.0
 
 Model = Annotated[str, typer.Option(help="demo, a Hugging Face directory, or a hub id.")]
 DType = Annotated[str, typer.Option(help="fp16, bf16, fp32; auto: the model's on CUDA, fp32 on the CPU.")]
@@ -62,7 +65,7 @@ def load_engine(
     """The engine, with a bar while it loads."""
     if nvtx_ranges:
         nvtx.enable()
-    with _load_progress() as on_load:
+    with bar("loading", DownloadColumn(), TransferSpeedColumn()) as on_load:
         return Engine.from_pretrained(
             model,
             pp=pp,
@@ -79,38 +82,27 @@ def load_engine(
 
 
 @contextmanager
-def _load_progress() -> Iterator[OnLoad | None]:
-    """A bar on a terminal's standard error, on rank 0; nothing elsewhere."""
+def bar(what: str, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
+    """Takes ``(done, total)`` or ``(stage, done, total)``: a bar on a terminal, in a log a line a minute, on
+    rank 0's standard error."""
     console = stderr()
-    if console.quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=None)  # not known before the config is read
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[..., None] | None]:
-    """A bar for ``(done, total)`` or ``(stage, done, total)``, as `_load_progress`."""
-    console = stderr()
-    if console.quiet or not console.is_terminal:
-        yield None
-        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        *(columns or (MofNCompleteColumn(), TimeRemainingColumn())),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
+    silent = console.quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=silent) as progress:
+        task, said = progress.add_task(what, total=None), time.monotonic()
 
         def on_progress(*state: str | int) -> None:
+            nonlocal said
             *stage, done, total = state
             name = str(stage[0]) if stage else what
             progress.update(task, description=name, completed=float(done), total=float(total))
+            if silent and time.monotonic() - said > _LOG_EVERY_S:
+                said = time.monotonic()
+                console.print(f"{name}: {float(done) / float(total):.0%}")
 
         yield on_progress
 

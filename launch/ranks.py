@@ -9,11 +9,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -68,8 +67,7 @@ def launch(arguments: list[str]) -> int:
     args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _OF_TORCHRUN
     told: list[int] = []
-    for number in SIGNALS:
-        signal.signal(number, partial(_pass_on, told))
+    _listen(told)
     try:
         run(args)
     except ChildFailedError as e:
@@ -92,12 +90,29 @@ def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def _pass_on(told: list[int], number: int, _: FrameType | None) -> None:
+def _listen(told: list[int]) -> None:
+    """Passes signals on from a thread: while it waits for other nodes, in C++, the main one hears none."""
+    heard, says = os.pipe()
+    os.set_blocking(says, False)
+    signal.set_wakeup_fd(says)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+    def listen() -> None:
+        while True:
+            for number in os.read(heard, 1):
+                if number in SIGNALS:
+                    _pass_on(told, number)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def _pass_on(told: list[int], number: int) -> None:
     """Gives a signal to the ranks; without any yet, ends this process."""
     told.append(number)
     ranks = _children()
     if not ranks:
-        raise SystemExit(PREEMPTED)
+        os._exit(PREEMPTED)
     for rank in ranks:
         with suppress(ProcessLookupError):
             os.kill(rank, number)

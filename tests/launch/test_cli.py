@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from command import last_object
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from dejavu.launch import cli, ranks
+from dejavu.launch import cli, options, ranks
 from dejavu.parallel.watchdog import LOST_PEER, SILENT_PEER, note_error, timeout_s
 from dejavu.runtime.preemption import PREEMPTED
 from dejavu.runtime.weights import find_model
@@ -466,11 +467,38 @@ def test_launch_says_what_the_first_rank_to_fail_has_noted(tmp_path, monkeypatch
     assert capsys.readouterr().err == "error: no such thing\n"
 
 
-def test_launch_that_is_told_before_there_are_ranks(monkeypatch):
-    monkeypatch.setattr(ranks, "_children", lambda: [])
-    with pytest.raises(SystemExit) as exit:
-        ranks._pass_on([], signal.SIGTERM, None)
-    assert exit.value.code == PREEMPTED
+def test_launch_that_is_told_while_it_waits_for_other_nodes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(port))
+    command = [sys.executable, "-m", "dejavu.launch.cli", "launch", *where, *aloud("cpu")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:  # until it is there to be met
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED and err == ""
+
+
+@pytest.mark.parametrize("launch", [(), ("launch", "--nproc-per-node", "2")])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_full_disk_is_said_in_one_line(launch, form):
+    generate = ("generate", "--prompt", "Once", "--max-new-tokens", "4", *form, *CPU)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dejavu.launch.cli", *launch, *generate]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert_one_clear_line(run.returncode, run.stderr, "No space left on device")
+
+
+def test_a_log_has_a_line_of_progress_now_and_then(monkeypatch, capfd):
+    monkeypatch.setattr(options, "_LOG_EVERY_S", 0.0)
+    with options.bar("training") as on_progress:
+        on_progress(1, 8)
+        on_progress("the second stage", 8, 8)
+    assert capfd.readouterr().err.split("\n") == ["training: 12%", "the second stage: 100%", ""]
 
 
 def test_a_stream_that_is_told_to_stop_ends_when_it_has_answered():

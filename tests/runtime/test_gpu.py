@@ -143,6 +143,17 @@ def generated(ranks, *options):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(("sparsity", "alike"), [("dense", 200), ("lossless", 200), ("demo", 50)])
+def test_the_text_is_that_of_the_cpu(ranks, sparsity, alike, record_property):
+    options = ("--sparsity", sparsity, "--dtype", "fp32", "--max-new-tokens", "200", "--ignore-eos")
+    answers = generated(ranks, *options), generated(1, *options, "--device", "cpu")
+    found, expected = (answer["results"][0]["token_ids"] for answer in answers)
+    same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), 200)
+    record_property("same_tokens", same)
+    assert same >= alike
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("sparsity", ["dense", "demo"])
 def test_two_stages_give_the_text_of_one_gpu(sparsity):
