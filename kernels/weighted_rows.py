@@ -75,11 +75,21 @@ def _weighted_rows_kernel(
         count = tl.load(count_ptr + s) * GROUP
         ids_ptr += s.to(tl.int64) * (F // GROUP)
     acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
+    # With a dot the compiler has 1 / levels of the stages under way, and ids are a level of loads above the
+    # rows: of several tokens they are loaded a step ahead instead.
+    AHEAD: tl.constexpr = HAS_IDS and TOKENS > 1
+    if AHEAD:
+        k = split * ROWS + tl.arange(0, ROWS)
+        named = tl.load(ids_ptr + k // GROUP, mask=k < count, other=0)
     for first in tl.range(split * ROWS, count, SPLITS * ROWS, num_stages=STAGES):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
         rows = k
-        if HAS_IDS:
+        if AHEAD:
+            rows = named * GROUP + k % GROUP
+            further = k + SPLITS * ROWS
+            named = tl.load(ids_ptr + further // GROUP, mask=further < count, other=0)
+        elif HAS_IDS:
             rows = tl.load(ids_ptr + k // GROUP, mask=chosen, other=0) * GROUP + k % GROUP
         if TOKENS == 1:
             h = tl.load(h_ptr + (rows if IN_PLACE else k), mask=chosen, other=0.0).to(tl.float32)

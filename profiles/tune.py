@@ -35,15 +35,22 @@ _FC1_8 = ((2, 1024, 4), (4, 1024, 4), (2, 2048, 4), (4, 2048, 4), (2, 2048, 8), 
 _QKV_16 = ((64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 2, 4))
 # Of several tokens: tensor cores, so 16 rows and more.
 _SEVERAL_FC1 = ((16, 128, 4), (16, 256, 4), (32, 128, 4), (32, 256, 4), (64, 128, 4), (64, 64, 4))
-_SEVERAL_SUMS = ((16, 128, 4, 4), (32, 128, 4, 3), (32, 256, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4))
+_SEVERAL_SUMS = (
+    (16, 128, 4, 4),
+    (32, 128, 4, 4),
+    (32, 256, 4, 4),
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 64, 4, 4),
+)
 _UP = ((8, 1024), (16, 1024), (32, 256), (32, 512), (16, 512), (64, 256))
 # By kernel and bytes of a weight (2: or more): names, values of all but the last, the last, its values.
 _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
     ("fc1", 2): (_FC1, _FC1_16, "PROGRAMS", (8, 16)),
     ("fc1", 1): (_FC1, _FC1_8, "PROGRAMS", (4, 16)),
-    ("fc2", 2): (_SUMS, _SUMS_16, "SPLITS", (8, 16)),
+    ("fc2", 2): (_SUMS, _SUMS_16, "SPLITS", (8, 11, 16, 22, 33)),  # so that programs load the SMs alike
     ("fc2", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
-    ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (4, 8, 16)),
+    ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (4, 8, 11, 16, 22)),
     ("out_proj", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
     ("qkv", 2): (_QKV, _QKV_16, "SPLITS", (4, 8, 16)),
     ("qkv_all", 2): (_FC1, _FC1_16, "PROGRAMS", (8, 16)),
