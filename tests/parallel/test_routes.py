@@ -1,6 +1,7 @@
-"""Which way an all-reduce takes, and the kernel of our own with its peers emulated."""
+"""Which way an all-reduce takes, and the kernel of our own: its peers emulated, and ranks at once."""
 
 import sys
+import time
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_every_op_and_dtype_has_a_section_of_its_own_routes(key):
 
 def test_only_the_payload_leaves_nccl():
     payload = torch.zeros(RESERVED, dtype=torch.bfloat16)
-    inboxes = Inboxes(torch.zeros(2, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int32), 0)
+    inboxes = Inboxes(torch.zeros(2, dtype=torch.int64), Inboxes.zero_epochs(), 0)
     ways = Routes(payload, "0", inboxes, load_table("unknown"))
     assert ways.of_sum(payload[:64].view(4, 16)) == "push"
     assert ways.of_sum(payload) == "two_shot"
@@ -157,13 +158,13 @@ class Ranks:
     put into its inbox by hand, as a peer's kernel would have."""
 
     def __init__(self, size):
-        self.memory = torch.zeros(size, 2, size, SLOTS, SLOT_WORDS, dtype=torch.int64)
+        self.memory = torch.zeros(size, 2, size, SLOTS, SLOT_WORDS, dtype=torch.int64).share_memory_()
         addresses = torch.tensor([inbox.data_ptr() for inbox in self.memory])
-        self.inboxes = [Inboxes(addresses, torch.zeros(SLOTS, dtype=torch.int32), r) for r in range(size)]
+        self.inboxes = [Inboxes(addresses, Inboxes.zero_epochs(), r) for r in range(size)]
 
     def deliver(self, receiver, partials):
         """``partials[r] [T, D]`` of all ranks into the receiver's inbox."""
-        epochs = self.inboxes[receiver].epochs + 1
+        epochs = self.inboxes[receiver].epochs[:, 0, 0] + 1
         for sender, partial in enumerate(partials):
             words = partial.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
             for t, row in enumerate(words):
@@ -192,7 +193,8 @@ def test_the_fused_boundary(dtype, size, tokens, D, with_norm):
             found.append(
                 fused_reduce_residual_norm(partials[rank].view(tokens, 1, D), residual, bias, norm, inboxes)
             )
-            assert (inboxes.epochs[:tokens] == inboxes.epochs[0]).all() and not inboxes.epochs[tokens:].any()
+            assert (inboxes.epochs[:tokens] == inboxes.epochs[0, 0, 0]).all()
+            assert not inboxes.epochs[tokens:].any()
         total, normed = found[0]
         wanted = residual[:, 0].double() + partials.double().sum(0) + bias.double()
         torch.testing.assert_close(total[:, 0], wanted.to(dtype))
@@ -201,6 +203,39 @@ def test_the_fused_boundary(dtype, size, tokens, D, with_norm):
         torch.testing.assert_close(found[0], in_two_steps, atol=3e-2, rtol=3e-2)
         for other in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+SHAPES = [(1, 64), (5, 40), (1, 6), (16, 12), (3, 250), (20, 8), (1, 64)]
+
+
+def exchanged(tp, inboxes):
+    """The boundaries of one rank, whose kernels wait for those of the others."""
+    g = torch.Generator().manual_seed(1)
+    results = []
+    for tokens, D in SHAPES:
+        partials = torch.randn(tp.size, tokens, 1, D, generator=g).bfloat16()
+        residual, bias = (
+            torch.randn(tokens, 1, D, generator=g).bfloat16(),
+            torch.randn(D, generator=g).bfloat16(),
+        )
+        norm = LayerNorm(D).to(torch.bfloat16)
+        time.sleep(0.02 * ((tp.rank + tokens) % 2))  # now one is late and now another
+        total, normed = fused_reduce_residual_norm(partials[tp.rank], residual, bias, norm, inboxes[tp.rank])
+        wanted = residual.double() + partials.double().sum(0) + bias.double()
+        results.append((total, normed, wanted))
+    return results
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, over memory that processes share")
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_at_once_give_each_other_their_sums(size):
+    ranks = Ranks(size)
+    first, *others = run_ranks(size, torch.inference_mode()(exchanged), ranks.inboxes)
+    for i, (total, normed, wanted) in enumerate(first):
+        torch.testing.assert_close(total, wanted.bfloat16())
+        torch.testing.assert_close(normed, F.layer_norm(total, total.shape[-1:]))
+        for results in others:
+            assert torch.equal(results[i][0], total) and torch.equal(results[i][1], normed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, in which peers are emulated")
