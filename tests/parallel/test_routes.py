@@ -69,7 +69,7 @@ def test_every_op_and_dtype_has_a_section_of_its_own_routes(key):
 
 def test_only_the_payload_leaves_nccl():
     payload = torch.zeros(RESERVED, dtype=torch.bfloat16)
-    inboxes = Inboxes(torch.zeros(2, dtype=torch.int64), Inboxes.zero_epochs(), 0)
+    inboxes = Inboxes(torch.zeros(2, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int32), 0)
     ways = Routes(payload, "0", inboxes, load_table("unknown"))
     assert ways.of_sum(payload[:64].view(4, 16)) == "push"
     assert ways.of_sum(payload) == "two_shot"
@@ -160,11 +160,11 @@ class Ranks:
     def __init__(self, size):
         self.memory = torch.zeros(size, 2, size, SLOTS, SLOT_WORDS, dtype=torch.int64).share_memory_()
         addresses = torch.tensor([inbox.data_ptr() for inbox in self.memory])
-        self.inboxes = [Inboxes(addresses, Inboxes.zero_epochs(), r) for r in range(size)]
+        self.inboxes = [Inboxes(addresses, torch.zeros(SLOTS, dtype=torch.int32), r) for r in range(size)]
 
     def deliver(self, receiver, partials):
         """``partials[r] [T, D]`` of all ranks into the receiver's inbox."""
-        epochs = self.inboxes[receiver].epochs[:, 0, 0] + 1
+        epochs = self.inboxes[receiver].epochs + 1
         for sender, partial in enumerate(partials):
             words = partial.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
             for t, row in enumerate(words):
@@ -193,8 +193,7 @@ def test_the_fused_boundary(dtype, size, tokens, D, with_norm):
             found.append(
                 fused_reduce_residual_norm(partials[rank].view(tokens, 1, D), residual, bias, norm, inboxes)
             )
-            assert (inboxes.epochs[:tokens] == inboxes.epochs[0, 0, 0]).all()
-            assert not inboxes.epochs[tokens:].any()
+            assert (inboxes.epochs[:tokens] == inboxes.epochs[0]).all() and not inboxes.epochs[tokens:].any()
         total, normed = found[0]
         wanted = residual[:, 0].double() + partials.double().sum(0) + bias.double()
         torch.testing.assert_close(total[:, 0], wanted.to(dtype))
@@ -205,35 +204,41 @@ def test_the_fused_boundary(dtype, size, tokens, D, with_norm):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-SHAPES = [(1, 64), (5, 40), (1, 6), (16, 12), (3, 250), (20, 8), (1, 64)]
+# (tokens, D) of boundaries; (0, numel) of sums alone, in between
+SHAPES = [(1, 64), (5, 40), (0, 70), (1, 6), (16, 12), (0, 5000), (3, 250), (1, 64)]
 
 
-def exchanged(tp, inboxes):
-    """The boundaries of one rank, whose kernels wait for those of the others."""
+@torch.inference_mode()
+def exchanged(tp, inboxes, dtype):
+    """What one rank, whose kernels wait for those of the others, makes of SHAPES, and what it should be."""
     g = torch.Generator().manual_seed(1)
     results = []
     for tokens, D in SHAPES:
-        partials = torch.randn(tp.size, tokens, 1, D, generator=g).bfloat16()
+        time.sleep(0.02 * ((tp.rank + D) % 3))  # now one is late and now another
+        if tokens == 0:
+            payloads = torch.randn(tp.size, 8192, generator=g).to(dtype)
+            total = push_all_reduce(payloads[tp.rank], D, inboxes[tp.rank])
+            results.append((total, total, payloads[:, :D].double().sum(0)))
+            continue
+        partials = torch.randn(tp.size, tokens, 1, D, generator=g).to(dtype)
         residual, bias = (
-            torch.randn(tokens, 1, D, generator=g).bfloat16(),
-            torch.randn(D, generator=g).bfloat16(),
+            torch.randn(tokens, 1, D, generator=g).to(dtype),
+            torch.randn(D, generator=g).to(dtype),
         )
-        norm = LayerNorm(D).to(torch.bfloat16)
-        time.sleep(0.02 * ((tp.rank + tokens) % 2))  # now one is late and now another
+        norm = LayerNorm(D).to(dtype) if D % 4 else None
         total, normed = fused_reduce_residual_norm(partials[tp.rank], residual, bias, norm, inboxes[tp.rank])
-        wanted = residual.double() + partials.double().sum(0) + bias.double()
-        results.append((total, normed, wanted))
+        results.append((total, normed, residual.double() + partials.double().sum(0) + bias.double()))
     return results
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, over memory that processes share")
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_at_once_give_each_other_their_sums(size):
+@pytest.mark.parametrize("size, dtype", [(2, torch.bfloat16), (3, torch.float16)])
+def test_ranks_at_once_give_each_other_their_sums(size, dtype):
     ranks = Ranks(size)
-    first, *others = run_ranks(size, torch.inference_mode()(exchanged), ranks.inboxes)
-    for i, (total, normed, wanted) in enumerate(first):
-        torch.testing.assert_close(total, wanted.bfloat16())
-        torch.testing.assert_close(normed, F.layer_norm(total, total.shape[-1:]))
+    first, *others = run_ranks(size, exchanged, ranks.inboxes, dtype)
+    for i, ((tokens, D), (total, normed, wanted)) in enumerate(zip(SHAPES, first, strict=True)):
+        torch.testing.assert_close(total, wanted.to(dtype))
+        torch.testing.assert_close(normed, F.layer_norm(total, (D,)) if tokens and D % 4 else total)
         for results in others:
             assert torch.equal(results[i][0], total) and torch.equal(results[i][1], normed)
 
