@@ -330,7 +330,7 @@ def _qkv_all_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All heads' rows of Q, K and V for one sequence; a program takes every so-manieth few of them."""
+    """All heads' rows of Q, K and V for one sequence, a grid-stride loop over blocks of ROWS."""
     position = tl.load(positions_ptr)
     for first in range(tl.program_id(0) * ROWS, 3 * N * H, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
@@ -370,26 +370,7 @@ def project_qkv(
     W = 1 if inputs is None else inputs.shape[1]
     q = torch.empty(B, N, H, dtype=torch.float32, device=device)
     if B == 1 and ids is None and inputs is None:
-        rows, of_all = 3 * N * H, row_settings(D, qkv.dtype)
-        of_all = dict(settings("qkv_all", of_all, rows, D, qkv.dtype, 1, device))
-        programs = min(num_sms(device) * of_all.pop("PROGRAMS"), triton.cdiv(rows, of_all["ROWS"]))
-        _qkv_all_kernel[(programs,)](
-            x,
-            qkv,
-            qkv_scale,
-            qkv_bias,
-            q,
-            keys,
-            values,
-            positions,
-            N,
-            T,
-            D=D,
-            H=H,
-            HAS_SCALE=qkv_scale is not None,
-            HAS_BIAS=qkv_bias is not None,
-            **of_all,
-        )
+        _project_all(x, qkv, qkv_scale, qkv_bias, q, keys, values, positions)
         return q
     sequences = triton.next_power_of_2(B)
     chosen = settings("qkv", default_settings(qkv.dtype, B, device), 3 * N * H, D, qkv.dtype, B, device)
@@ -430,6 +411,40 @@ def project_qkv(
         **chosen,
     )
     return q
+
+
+def _project_all(
+    x: Tensor,
+    qkv: Tensor,
+    qkv_scale: Tensor | None,
+    qkv_bias: Tensor | None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+) -> None:
+    """One sequence's queries ``q [1, N, H]``, keys and values: neither columns nor parts are needed."""
+    (N, _, H, D), device = qkv.shape, x.device
+    rows = 3 * N * H
+    chosen = dict(settings("qkv_all", row_settings(D, qkv.dtype), rows, D, qkv.dtype, 1, device))
+    programs = min(num_sms(device) * chosen.pop("PROGRAMS"), triton.cdiv(rows, chosen["ROWS"]))
+    _qkv_all_kernel[(programs,)](
+        x,
+        qkv,
+        qkv_scale,
+        qkv_bias,
+        q,
+        keys,
+        values,
+        positions,
+        N,
+        keys.shape[2],
+        D=D,
+        H=H,
+        HAS_SCALE=qkv_scale is not None,
+        HAS_BIAS=qkv_bias is not None,
+        **chosen,
+    )
 
 
 def chosen_heads(

@@ -245,9 +245,10 @@ def _sparse_attention(
         chosen = settings("attention", chosen, N, H, keys.dtype, 1, device)
     block_h = triton.next_power_of_2(H)
     # a short cache has no work for more
-    splits = min(chosen["SPLITS"], triton.next_power_of_2(triton.cdiv(T, chosen["BLOCK_T"])))
-    partial = torch.empty(B * N * splits * (block_h + 2), dtype=torch.float32, device=device)
-    _decode_attention_kernel[(splits, N, B)](
+    used = triton.next_power_of_2(triton.cdiv(T, chosen["BLOCK_T"]))
+    chosen = {**chosen, "SPLITS": min(chosen["SPLITS"], used)}
+    partial = torch.empty(B * N * chosen["SPLITS"] * (block_h + 2), dtype=torch.float32, device=device)
+    _decode_attention_kernel[(chosen["SPLITS"], N, B)](
         q,
         keys,
         values,
@@ -266,7 +267,7 @@ def _sparse_attention(
         HAS_MEAN=mean is not None,
         BLOCK_H=block_h,
         **chosen_heads(ids, filled_to, N, W, H),
-        **{**chosen, "SPLITS": splits},
+        **chosen,
     )
     # one sequence names the rows of its heads; of several, each row is read once for all that chose its head
     named = ids is not None and B == 1

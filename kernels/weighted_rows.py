@@ -75,8 +75,8 @@ def _weighted_rows_kernel(
         count = tl.load(count_ptr + s) * GROUP
         ids_ptr += s.to(tl.int64) * (F // GROUP)
     acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
-    # With a dot the compiler has 1 / levels of the stages under way, and ids are a level of loads above the
-    # rows: of several tokens they are loaded a step ahead instead.
+    # Where there is a dot, Triton's pipeliner divides the stages among loads that depend on each other, ids
+    # and then rows. Loading the ids a step ahead leaves all of them to the rows.
     AHEAD: tl.constexpr = HAS_IDS and TOKENS > 1
     if AHEAD:
         k = split * ROWS + tl.arange(0, ROWS)

@@ -244,7 +244,8 @@ def _print_summary(generation: Generation) -> None:
 
 
 def main() -> None:
-    """Runs the command; what a user got wrong becomes one line on standard error and exit status 2."""
+    """Runs the command; what a user got wrong, or the system refused, becomes one line on standard error and
+    exit status 2."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if global_rank() == 0 else nowhere):
         status = _run()
         _give_up_what_cannot_be_written()
@@ -287,10 +288,16 @@ def _run() -> int:
         if os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
         return _fail(str(e))
-    except OSError as e:  # a full disk, a reader that has gone
+    except OSError as e:  # a full disk
         if os.environ.get("DEJAVU_TRACEBACK") == "1":
             raise
-        return _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e))
+        message = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
+        if "RANK" not in os.environ:
+            return _fail(message)
+        explain(message)  # it is this rank's alone
+        return USER_ERROR
+    except SystemExit as e:  # typer's own, when a reader has gone
+        return int(e.code or 0)
     except RuntimeError as e:
         cause = lost_peer(e)
         if cause is None or os.environ.get("DEJAVU_TRACEBACK") == "1":

@@ -100,7 +100,7 @@ def bar(what: str, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
             *stage, done, total = state
             name = str(stage[0]) if stage else what
             progress.update(task, description=name, completed=float(done), total=float(total))
-            if silent and time.monotonic() - said > _LOG_EVERY_S:
+            if silent and total and time.monotonic() - said > _LOG_EVERY_S:
                 said = time.monotonic()
                 console.print(f"{name}: {float(done) / float(total):.0%}")
 

@@ -10,9 +10,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -67,9 +68,9 @@ def launch(arguments: list[str]) -> int:
     args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _OF_TORCHRUN
     told: list[int] = []
-    _listen(told)
     try:
-        run(args)
+        with _heard(told):
+            run(args)
     except ChildFailedError as e:
         return _report(e, told)
     except (DistNetworkError, OSError) as e:
@@ -90,32 +91,49 @@ def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def _listen(told: list[int]) -> None:
-    """Passes signals on from a thread: while it waits for other nodes, in C++, the main one hears none."""
-    heard, says = os.pipe()
-    os.set_blocking(says, False)
-    signal.set_wakeup_fd(says)
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: None)
+@contextmanager
+def _heard(told: list[int]) -> Iterator[None]:
+    """Signals go on to the ranks; without any yet, they end this process.
+
+    While the main thread waits for other nodes, in C++, it hears none: then a thread does, a second later.
+    """
+    acted = threading.Event()
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        acted.set()
+        if not _pass_on(told, number):
+            raise SystemExit(PREEMPTED)
 
     def listen() -> None:
-        while True:
-            for number in os.read(heard, 1):
-                if number in SIGNALS:
-                    _pass_on(told, number)
+        while heard := os.read(hears, 1):
+            number = heard[0]
+            if number in SIGNALS and not acted.wait(1) and not _pass_on(told, number):
+                os._exit(PREEMPTED)
+            if number == signal.SIGINT and not acted.wait(1) and not _children():
+                os._exit(128 + number)
+            acted.clear()
 
+    hears, says = os.pipe()
+    os.set_blocking(says, False)
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    signal.set_wakeup_fd(says)
     threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(says)  # ends the thread
 
 
-def _pass_on(told: list[int], number: int) -> None:
-    """Gives a signal to the ranks; without any yet, ends this process."""
+def _pass_on(told: list[int], number: int) -> bool:
+    """Gives a signal to the ranks; False if there are none."""
     told.append(number)
     ranks = _children()
-    if not ranks:
-        os._exit(PREEMPTED)
     for rank in ranks:
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it has gone meanwhile
             os.kill(rank, number)
+    return bool(ranks)
 
 
 def _children() -> list[int]:

@@ -94,7 +94,8 @@ class Entry(Strict):
 
 
 def _matrix_bytes(rows: int, columns: int, bits: int) -> float:
-    return rows * (columns * bits / 8 + (0 if bits == 16 else 2 * scales_a_row(columns, bits)))
+    scale = {16: 0, 8: 4}.get(bits, 2)
+    return rows * (columns * bits / 8 + scale * scales_a_row(columns, bits))
 
 
 class OperatingPoint(Strict):

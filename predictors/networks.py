@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dejavu.kernels.predict import predict
 
-# A matrix of few bits has one 16-bit scale for so many weights of a row; one of 8 bits has one for the row,
-# which is how the kernels read it: they choose what the stored weights choose.
+# A matrix of few bits has one 16-bit scale for so many weights of a row; one of 8 bits has one of 32 for the
+# row, which is how the kernels read it: they choose what the stored weights choose.
 GROUP = 64
 
 
@@ -282,7 +282,8 @@ def scales_a_row(columns: int, bits: int) -> int:
 
 
 def quantise(weight: Tensor, bits: int, tries: int = 15) -> tuple[Tensor, Tensor]:
-    """``weight [n, D]`` as codes ``int8[n, D]`` of ``bits`` bits and scales ``fp16[n, groups]``.
+    """``weight [n, D]`` as codes ``int8[n, D]`` of ``bits`` bits and scales ``[n, groups]``, fp16 (of 8 bits
+    fp32, as the kernels read them).
 
     Codes are symmetric, ``-(2**(bits-1) - 1)`` to its opposite (2 bits: three values). Each group's scale is
     the one of ``tries`` that leaves the smallest square error.
@@ -294,12 +295,15 @@ def quantise(weight: Tensor, bits: int, tries: int = 15) -> tuple[Tensor, Tensor
     best_error = torch.full_like(peak, torch.inf)
     best_scale = peak
     for share in torch.linspace(1.0, 0.3, tries).tolist():
-        scale = (peak * share).half().float().clamp(min=2**-24)
+        scale = peak * share
+        if bits < 8:
+            scale = scale.half().float().clamp(min=2**-24)
         error = ((w / scale).round().clamp(-top, top) * scale - w).square().sum(-1, keepdim=True)
         better = error < best_error
         best_error, best_scale = error.where(better, best_error), scale.where(better, best_scale)
     codes = (w / best_scale).round().clamp(-top, top).to(torch.int8)
-    return codes.view(n, D), best_scale.squeeze(-1).half()
+    scales = best_scale.squeeze(-1)
+    return codes.view(n, D), scales.half() if bits < 8 else scales
 
 
 def dequantise(codes: Tensor, scales: Tensor) -> Tensor:

@@ -62,8 +62,11 @@ def existing_folder(path: Path) -> Path:
 
 
 def command_line() -> str:
-    """What was typed, without the folders of this machine."""
-    return " ".join(["dejavu", *map(_without_folders, sys.argv[1:])])
+    """What was typed, or does the same on as many ranks, without the folders of this machine."""
+    ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = ["--nnodes", str(ranks // here)] if ranks > here else []
+    launch = ["launch", *nodes, "--nproc-per-node", str(here)] if ranks > 1 else []
+    return " ".join(["dejavu", *launch, *map(_without_folders, sys.argv[1:])])
 
 
 def _without_folders(argument: str) -> str:

@@ -36,6 +36,7 @@ _QKV_16 = ((64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 256, 4, 3), (3
 # Of several tokens: tensor cores, so 16 rows and more.
 _SEVERAL_FC1 = ((16, 128, 4), (16, 256, 4), (32, 128, 4), (32, 256, 4), (64, 128, 4), (64, 64, 4))
 _SEVERAL_SUMS = (
+    (32, 128, 4, 3),
     (16, 128, 4, 4),
     (32, 128, 4, 4),
     (32, 256, 4, 4),
@@ -48,7 +49,7 @@ _UP = ((8, 1024), (16, 1024), (32, 256), (32, 512), (16, 512), (64, 256))
 _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
     ("fc1", 2): (_FC1, _FC1_16, "PROGRAMS", (8, 16)),
     ("fc1", 1): (_FC1, _FC1_8, "PROGRAMS", (4, 16)),
-    ("fc2", 2): (_SUMS, _SUMS_16, "SPLITS", (8, 11, 16, 22, 33)),  # so that programs load the SMs alike
+    ("fc2", 2): (_SUMS, _SUMS_16, "SPLITS", (8, 11, 16, 22, 33)),  # also divisors of 132 SMs and of 264
     ("fc2", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
     ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (4, 8, 11, 16, 22)),
     ("out_proj", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),

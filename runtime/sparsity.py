@@ -124,7 +124,7 @@ def build_policy(
         scorer = tensors.scorer(name, entry, lambda: contribution(model, entry.kind, layer, mean))
         in_one_go = key != "refine" and entry.refine is None
         if isinstance(scorer, LowRank) and in_one_go and model.tp.device.type == "cuda":
-            # fewer bits, too, go in 16: in 8, with one scale a row, other neurons would be chosen
+            # fewer bits go in 16, nearly as they are; in 8, with one scale a row, they would choose others
             scorer = PackedLowRank(scorer, 8 if entry.bits == 8 else 16).to(model.tp.device)
         else:
             scorer.to(device=model.tp.device, dtype=wide)

@@ -14,6 +14,7 @@ from dejavu.kernels.predict import _compact, _predict, compact_reference, predic
 from dejavu.kernels.residual_norm import _residual_norm, residual_norm_reference
 from dejavu.kernels.sparse_attention import _sparse_attention, sparse_attention_reference
 from dejavu.kernels.sparse_mlp import _sparse_mlp, sparse_mlp_reference
+from dejavu.kernels.tuning import override
 from dejavu.kernels.weighted_rows import weighted_rows, weighted_rows_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,6 +124,15 @@ def test_sparse_mlp(batch, D, F, chosen, dtype):
         "one": torch.arange(F) == F - 1,
     }[chosen]
     check_mlp(batch, D, F, mask, dtype, with_bias=batch == 1)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.6, 1.0])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_many_steps_over_the_chosen_rows(batch, share, dtype, monkeypatch):
+    small = {"ROWS": 16, "BLOCK_D": 32, "SPLITS": 2, "STAGES": 3, "num_warps": 4}
+    monkeypatch.setitem(override, "fc2", small)
+    check_mlp(batch, 40, 150, Draw(5).mask(150, p=share), dtype)
 
 
 def test_more_tokens_than_one_launch_serves():
@@ -332,6 +342,20 @@ def test_sparse_attention(batch, H, lazy, chosen, dtype):
     assert torch.equal(found[4], expected[4])
     for ours, again in zip(found, block.run(_sparse_attention, x, ids, count, layer=2), strict=True):
         assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("dtype", WEIGHTS)
+def test_all_heads_in_blocks_that_do_not_divide_them(dtype, monkeypatch):
+    small = {"ROWS": 4, "BLOCK_D": 16, "PROGRAMS": 2, "num_warps": 4}
+    monkeypatch.setitem(override, "qkv_all", small)
+    block = Attention(1, 3, 7, 40, 45, dtype, lazy=False, with_mean=False)  # 63 rows of Q, K and V
+    x = block.draw.normal(1, 40, dtype=block.dtype)
+    runs = (
+        block.run(kernel, x, None, None, exact=kernel is sparse_attention_reference)
+        for kernel in (_sparse_attention, sparse_attention_reference)
+    )
+    for ours, theirs in zip(*(run[:4] for run in runs), strict=True):
+        assert_near(ours, theirs, block.dtype)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

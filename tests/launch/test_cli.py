@@ -467,7 +467,10 @@ def test_launch_says_what_the_first_rank_to_fail_has_noted(tmp_path, monkeypatch
     assert capsys.readouterr().err == "error: no such thing\n"
 
 
-def test_launch_that_is_told_while_it_waits_for_other_nodes():
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGUSR1, PREEMPTED), (signal.SIGINT, 130)]
+)
+def test_launch_that_is_told_while_it_waits_for_other_nodes(number, status):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -478,9 +481,9 @@ def test_launch_that_is_told_while_it_waits_for_other_nodes():
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == PREEMPTED and err == ""
+    assert process.returncode == status and err == ""
 
 
 @pytest.mark.parametrize("launch", [(), ("launch", "--nproc-per-node", "2")])
@@ -491,6 +494,28 @@ def test_a_full_disk_is_said_in_one_line(launch, form):
         command = [sys.executable, "-m", "dejavu.launch.cli", *launch, *generate]
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert_one_clear_line(run.returncode, run.stderr, "No space left on device")
+
+
+def test_what_the_system_refuses_one_rank_alone(monkeypatch, dejavu, tmp_path):
+    def refused(*_, **__):
+        raise OSError(28, "No space left on device", "shard-3")
+
+    monkeypatch.setattr(cli, "_prompts", refused)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dejavu("generate", "--prompt", "x") == (2, "", "error: rank 3: shard-3: No space left on device\n")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "note"))
+    assert dejavu("generate", "--prompt", "x") == (2, "", "")
+    assert "shard-3: No space" in (tmp_path / "note").read_text()
+
+
+def test_a_reader_that_has_gone():
+    generate = ("generate", "--prompt", "Once", "--max-new-tokens", "4", "--json", *CPU)
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([sys.executable, "-m", "dejavu.launch.cli", *generate], stdout=write, stderr=-1)
+    os.close(write)
+    assert run.returncode == 1 and run.stderr == b""
 
 
 def test_a_log_has_a_line_of_progress_now_and_then(monkeypatch, capfd):

@@ -223,9 +223,9 @@ BIG = ModelIdentity(fingerprint="", hidden_size=4 * GROUP, ffn_dim=1000, num_lay
     "settings, expected",
     [
         ({"method": "predicted", "rank": 10}, 2 * (10 * 256 + 1000 * 10) + 2 * 1000),
-        # a scale of two bytes a group of 64 weights, or a row where they do not divide it, or of 8 bits
+        # a scale of two bytes for 64 weights, or a row where they do not divide it; of 8 bits four a row
         ({"method": "svd", "rank": 10, "bits": 4}, 10 * (256 / 2 + 8) + 1000 * (10 / 2 + 2) + 2 * 1000),
-        ({"method": "predicted", "rank": 10, "bits": 8}, 10 * (256 + 2) + 1000 * (10 + 2) + 2 * 1000),
+        ({"method": "predicted", "rank": 10, "bits": 8}, 10 * (256 + 4) + 1000 * (10 + 4) + 2 * 1000),
         ({"method": "quantized", "bits": 2}, 1000 * (256 / 4 + 8) + 2 * 1000),
         ({"method": "sign"}, 1000 * (256 / 8 + 8) + 2 * 1000),
         ({"method": "lsh", "rank": 16}, 2 * 16 * 256 + 1000 * 2 + 4 * 1000),

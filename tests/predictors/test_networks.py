@@ -102,7 +102,7 @@ def test_quantised_weights(bits, D):
     codes, scales = quantise(weight, bits)
     top, groups = 2 ** (bits - 1) - 1, D // GROUP if D % GROUP == 0 and bits < 8 else 1
     assert codes.dtype == torch.int8 and codes.shape == weight.shape and int(codes.abs().max()) <= top
-    assert scales.dtype == torch.float16 and scales.shape == (9, groups)
+    assert scales.dtype == (torch.float16 if bits < 8 else torch.float32) and scales.shape == (9, groups)
     found = dequantise(codes, scales)
     assert found.dtype == torch.float32
     expected = codes.view(9, groups, -1) * scales.float()[..., None]
@@ -131,7 +131,9 @@ def test_what_lies_on_the_grid_stays():
 
 @pytest.mark.parametrize("D", [4 * GROUP, 100])
 def test_what_was_stored_in_8_bits_is_what_the_kernels_read(D):
-    stored = [dequantise(*quantise(w.float(), 8)) for w in normals(3, (16, D), (24, 16))]
+    sizes = torch.logspace(-7, 3, 24)[:, None]  # of rows
+    down, up = normals(3, (16, D), (24, 16))
+    stored = [dequantise(*quantise(w.float(), 8)) for w in (down * sizes[:16], up * sizes)]
     packed = PackedLowRank(LowRank(*stored, torch.zeros(24)), 8)
     for name, weight in zip(("down", "up"), stored, strict=True):
         torch.testing.assert_close(packed._wide(name), weight, atol=0, rtol=1e-6)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dejavu.profiles.records import write_file, write_record
+from dejavu.profiles.records import command_line, write_file, write_record
 
 
 def test_a_record_holds_its_conditions_and_its_table(tmp_path):
@@ -14,6 +14,24 @@ def test_a_record_holds_its_conditions_and_its_table(tmp_path):
     table = (tmp_path / "kernels-test.md").read_text()
     assert "| op | us_p50 | gib |" in table and "| mlp | 12.35 |  |" in table and "dtype bf16" in table
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kernels-test.json", "kernels-test.md"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, ""),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "launch --nproc-per-node 2 "),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "launch --nnodes 2 --nproc-per-node 4 "),
+    ],
+)
+def test_a_command_that_can_be_repeated(environment, launcher, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        "sys.argv", ["cli.py", "bench", "decode", "--model", "facebook/opt-66b", "--out", str(tmp_path)]
+    )
+    assert command_line() == f"dejavu {launcher}bench decode --model facebook/opt-66b --out {tmp_path.name}"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
