@@ -12,8 +12,9 @@ export PYTHONSAFEPATH := 1
 demo: $(VENV)/.runtime
 	$(BIN)/dejavu launch demo
 
+# Two processes, a file of tests in one of them: the Slurm cluster is there once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # On a machine with GPUs: what CI cannot run, with its record in profiles/results/.
 test-gpu: $(VENV)/.dev
