@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,11 +108,15 @@ def _heard(told: list[int]) -> Iterator[None]:
     def listen() -> None:
         while heard := os.read(hears, 1):
             number = heard[0]
-            if number in SIGNALS and not acted.wait(1) and not _pass_on(told, number):
-                os._exit(PREEMPTED)
-            if number == signal.SIGINT and not acted.wait(1) and not _children():
-                os._exit(128 + number)
-            acted.clear()
+            if number in SIGNALS:
+                if not acted.wait(1) and not _pass_on(told, number):
+                    os._exit(PREEMPTED)
+                acted.clear()
+            elif number == signal.SIGINT:  # torchrun's own handler acts on it, where the main thread hears it
+                time.sleep(1)
+                if not _children():
+                    os._exit(128 + number)
+        os.close(hears)
 
     hears, says = os.pipe()
     os.set_blocking(says, False)
