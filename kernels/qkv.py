@@ -100,8 +100,9 @@ def is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOCK
     if HAS_IDS:
         i = tl.arange(0, BLOCK_N)
         count = tl.load(count_ptr + b, mask=real, other=0)
+        there = real[:, None] & (i < N)[None, :]  # without waiting for the count
+        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1)
         named = i[None, :] < count[:, None]
-        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=named, other=-1)
         chosen = tl.sum(((ids == head) & named).to(tl.int32), 1)
     else:
         chosen = real.to(tl.int32)

@@ -5,11 +5,17 @@ of the call (the epoch) as the other half. Words of 64 bits arrive whole, so who
 data: no flags, no fences, one way over the link. (NCCL's LL protocol, for a fixed place.) There is no plain
 reference: without ranks there is nothing to do; `all_reduce` and `residual_norm` do the same in two steps.
 
+A token is shared by some programs, for one multiprocessor takes a microsecond for every 3000 elements that it
+sends, receives and stores: some send a part of the row each and wait for nothing, others receive all of it,
+which the norm needs, and store a part each. Programs start in their order, a token's senders first: so no
+more of them need to run at once than do.
+
 Why nothing is overwritten before it was read: epochs alternate between two halves of the inbox. A rank that
 sends epoch n + 2 has finished its kernel of n + 1, so has received n + 1 from every peer, which they sent in
 a kernel that began when theirs of epoch n, which read the same half, was complete. The epochs are counted on
-the device, for each slot (token), and a slot has one place whatever the shape: graphs can be replayed and
-mixed with other calls, as long as every rank makes the same calls in the same order, on one stream.
+the device, by each program of a slot (token) for itself, and a slot has one place whatever the shape: graphs
+can be replayed and mixed with other calls, as long as every rank makes the same calls in the same order, on
+one stream.
 
 Shape legend: T tokens, D hidden, R ranks.
 """
@@ -25,6 +31,10 @@ from dejavu.kernels.device import has_pdl, wait_for_predecessor
 
 # Tokens of a call, and 64-bit words (pairs of elements) that a token may have.
 SLOTS, SLOT_WORDS = 64, 8192
+# Programs that share a token: so many send, so many receive.
+PARTS = 4
+# Of more tokens than this in all, fewer share one: each receives all of it.
+_SHARED = 16
 TYPES = (torch.float16, torch.bfloat16)
 _ROW = 2048
 
@@ -35,12 +45,17 @@ class Inboxes:
 
     Args:
         addresses: ``int64[R]`` on the device, of each rank's inbox as this rank sees it.
-        epochs: ``int32[SLOTS]``, calls so far; in this rank's own memory.
+        epochs: ``int32[SLOTS, 2, PARTS]``, calls so far; in this rank's own memory.
     """
 
     addresses: Tensor
     epochs: Tensor
     rank: int
+
+    @staticmethod
+    def zero_epochs(device: torch.device | None = None) -> Tensor:
+        """No call so far."""
+        return torch.zeros(SLOTS, 2, PARTS, dtype=torch.int32, device=device)
 
     @staticmethod
     def nbytes(ranks: int) -> int:
@@ -73,6 +88,33 @@ def _pair(low, high, BF16: tl.constexpr):
 
 
 @triton.jit
+def _send(
+    part,
+    t,
+    epoch,
+    partial_ptr,
+    addresses_ptr,
+    PAIRS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOT_WORDS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A share of a row into the inboxes of the others."""
+    cols = part * SHARE + tl.arange(0, BLOCK)
+    inside = (cols < (part + 1) * SHARE) & (cols < PAIRS)
+    mine = tl.load(partial_ptr + t * PAIRS + cols, mask=inside, other=0)
+    words = (epoch.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
+    place = ((epoch & 1) * RANKS + RANK) * (SLOTS * SLOT_WORDS) + t * SLOT_WORDS
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            inbox = tl.multiple_of(tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int64)), 16)
+            tl.store(inbox + place + cols, words, mask=inside)
+
+
+@triton.jit
 def _reduce_residual_norm_kernel(
     partial_ptr,
     addresses_ptr,
@@ -89,80 +131,82 @@ def _reduce_residual_norm_kernel(
     RANKS: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOT_WORDS: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHARE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     AFFINE: tl.constexpr,
     NORM: tl.constexpr,
     BF16: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program a token. All tensors are seen as pairs of numbers, ``int32``.
-
-    A program waits for the program of its own token on the other ranks alone, and programs start in their
-    order: so no more of them need to run at once than do.
-    """
-    t = tl.program_id(0).to(tl.int64)
+    """Of each token PARTS programs send a SHARE of the row each; PARTS more receive all of it and store a
+    SHARE. All tensors are seen as pairs of numbers, ``int32``."""
+    part, receives = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % 2
+    t = tl.program_id(0).to(tl.int64) // (2 * PARTS)
     row = t * PAIRS
     cols = tl.arange(0, BLOCK)
     inside = cols < PAIRS
+    own = inside & (cols >= part * SHARE) & (cols < (part + 1) * SHARE)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + cols, mask=inside, other=0)
+        bias = tl.load(bias_ptr + cols, mask=inside & (receives == 1), other=0)
     if AFFINE:
-        weight = tl.load(weight_ptr + cols, mask=inside, other=0)
-        shift = tl.load(shift_ptr + cols, mask=inside, other=0)
+        weight = tl.load(weight_ptr + cols, mask=own & (receives == 1), other=0)
+        shift = tl.load(shift_ptr + cols, mask=own & (receives == 1), other=0)
     wait_for_predecessor(PDL)
-    mine = tl.load(partial_ptr + row + cols, mask=inside, other=0)
-    epoch = tl.load(epochs_ptr + t) + 1
-    tag = epoch.to(tl.int64) << 32
-    words = tag | (mine.to(tl.int64) & 0xFFFFFFFF)
-    half = (epoch & 1) * (RANKS * SLOTS * SLOT_WORDS)
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            inbox = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int64))
-            inbox = tl.multiple_of(inbox, 16) + half + t * SLOT_WORDS
-            tl.store(inbox + RANK * SLOTS * SLOT_WORDS + cols, words, mask=inside)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row + cols, mask=inside, other=0)
-    inbox = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64))
-    inbox = tl.multiple_of(inbox, 16) + half + t * SLOT_WORDS
-    low = tl.zeros([BLOCK], tl.float32)
-    high = tl.zeros([BLOCK], tl.float32)
-    for peer in tl.static_range(RANKS):  # in the order of the ranks: the same bits on each of them
-        if peer == RANK:
-            low += _low(mine, BF16)
-            high += _high(mine, BF16)
-        else:
-            source = inbox + peer * SLOTS * SLOT_WORDS + cols
-            got = tl.load(source, mask=inside, other=tag, volatile=True)
-            while tl.sum(((got >> 32).to(tl.int32) != epoch).to(tl.int32), 0) > 0:
+    epochs_ptr += (t * 2 + receives) * MOST_PARTS
+    epoch = tl.load(epochs_ptr + part) + 1
+    if receives == 0:
+        _send(part, t, epoch, partial_ptr, addresses_ptr, PAIRS, RANK, RANKS, SLOTS, SLOT_WORDS, SHARE,
+              BLOCK_SHARE)  # fmt: skip
+    else:
+        tag = epoch.to(tl.int64) << 32
+        mine = tl.load(partial_ptr + row + cols, mask=inside, other=0)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + row + cols, mask=inside, other=0)
+        inbox = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64))
+        inbox = tl.multiple_of(inbox, 16) + (epoch & 1) * (RANKS * SLOTS * SLOT_WORDS) + t * SLOT_WORDS
+        low = tl.zeros([BLOCK], tl.float32)
+        high = tl.zeros([BLOCK], tl.float32)
+        for peer in tl.static_range(RANKS):  # in the order of the ranks: the same bits on each of them
+            if peer == RANK:
+                low += _low(mine, BF16)
+                high += _high(mine, BF16)
+            else:
+                source = inbox + peer * SLOTS * SLOT_WORDS + cols
                 got = tl.load(source, mask=inside, other=tag, volatile=True)
-            theirs = got.to(tl.int32)
-            low += _low(theirs, BF16)
-            high += _high(theirs, BF16)
-    if HAS_BIAS:
-        low += _low(bias, BF16)
-        high += _high(bias, BF16)
-    if HAS_RESIDUAL:
-        low += _low(residual, BF16)
-        high += _high(residual, BF16)
-    total = _pair(low, high, BF16)
-    tl.store(total_ptr + row + cols, total, mask=inside)
-    if NORM:
-        low = _low(total, BF16)  # the norm is of the stream as it is stored
-        high = _high(total, BF16)
-        mean = tl.sum(low + high, 0) / (2 * PAIRS)
-        low = tl.where(inside, low - mean, 0.0)
-        high = tl.where(inside, high - mean, 0.0)
-        scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / (2 * PAIRS) + eps)
-        low *= scale
-        high *= scale
-        if AFFINE:
-            low = low * _low(weight, BF16) + _low(shift, BF16)
-            high = high * _high(weight, BF16) + _high(shift, BF16)
-        tl.store(normed_ptr + row + cols, _pair(low, high, BF16), mask=inside)
-    # every thread has read it: the sums above are barriers
-    tl.store(epochs_ptr + t, epoch)
+                while tl.sum(((got >> 32).to(tl.int32) != epoch).to(tl.int32), 0) > 0:
+                    got = tl.load(source, mask=inside, other=tag, volatile=True)
+                theirs = got.to(tl.int32)
+                low += _low(theirs, BF16)
+                high += _high(theirs, BF16)
+        if HAS_BIAS:
+            low += _low(bias, BF16)
+            high += _high(bias, BF16)
+        if HAS_RESIDUAL:
+            low += _low(residual, BF16)
+            high += _high(residual, BF16)
+        total = _pair(low, high, BF16)
+        tl.store(total_ptr + row + cols, total, mask=own)
+        if NORM:
+            low = _low(total, BF16)  # the norm is of the stream as it is stored
+            high = _high(total, BF16)
+            mean = tl.sum(low + high, 0) / (2 * PAIRS)
+            low = tl.where(inside, low - mean, 0.0)
+            high = tl.where(inside, high - mean, 0.0)
+            scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / (2 * PAIRS) + eps)
+            low *= scale
+            high *= scale
+            if AFFINE:
+                low = low * _low(weight, BF16) + _low(shift, BF16)
+                high = high * _high(weight, BF16) + _high(shift, BF16)
+            tl.store(normed_ptr + row + cols, _pair(low, high, BF16), mask=own)
+    tl.debug_barrier()  # every thread has read the epoch
+    each = tl.arange(0, MOST_PARTS)  # with fewer parts than there are counts a program keeps some of them
+    tl.store(epochs_ptr + each, tl.zeros_like(each) + epoch, mask=each % PARTS == part)
 
 
 def _pairs(x: Tensor | None) -> Tensor | None:
@@ -184,7 +228,9 @@ def _reduce_residual_norm(
     assert inboxes.takes(partial.dtype, T, D) and partial.is_contiguous()
     assert all(x is None or x.dtype == partial.dtype for x in (residual, bias, weight, shift, total, normed))
     block, pdl = triton.next_power_of_2(D // 2), has_pdl(partial.device)
-    _reduce_residual_norm_kernel[(T,)](
+    parts = min(PARTS, max(1, _SHARED // T))
+    share = 4 * triton.cdiv(D // 2, 4 * parts)  # whole vectors
+    _reduce_residual_norm_kernel[(T * 2 * parts,)](
         _pairs(partial),
         inboxes.addresses,
         inboxes.epochs,
@@ -200,12 +246,16 @@ def _reduce_residual_norm(
         RANKS=len(inboxes.addresses),
         SLOTS=SLOTS,
         SLOT_WORDS=SLOT_WORDS,
+        MOST_PARTS=PARTS,
+        PARTS=parts,
+        SHARE=share,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
         AFFINE=weight is not None,
         NORM=normed is not None,
         BF16=partial.dtype == torch.bfloat16,
         BLOCK=block,
+        BLOCK_SHARE=triton.next_power_of_2(share),
         PDL=pdl,
         num_warps=min(max(block // 256, 1), 16),
         launch_pdl=pdl,

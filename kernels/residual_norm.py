@@ -31,6 +31,9 @@ def residual_norm_reference(
         normed.copy_(F.layer_norm(total, total.shape[-1:], weight, shift, eps))
 
 
+PARTS, FEW, WARPS = 4, 16, 16
+
+
 @triton.jit
 def _residual_norm_kernel(
     partial_ptr,
@@ -46,19 +49,22 @@ def _residual_norm_kernel(
     AFFINE: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
+    """A token's programs add all of its row, which the norm needs, and store a share of it each."""
     row = tl.program_id(0).to(tl.int64) * D
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
+    own = inside & (cols // SHARE == tl.program_id(1))
     residual = tl.load(residual_ptr + row + cols, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(partial_ptr + row + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if AFFINE:
-        weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + cols, mask=own, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + cols, mask=own, other=0.0).to(tl.float32)
     total = (x + residual).to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + row + cols, total, mask=inside)
+    tl.store(total_ptr + row + cols, total, mask=own)
     if NORM:
         x = total.to(tl.float32)  # the norm is of the stream as it is stored
         mean = tl.sum(x, 0) / D
@@ -66,7 +72,7 @@ def _residual_norm_kernel(
         y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
         if AFFINE:
             y = y * weight + shift
-        tl.store(normed_ptr + row + cols, y.to(normed_ptr.dtype.element_ty), mask=inside)
+        tl.store(normed_ptr + row + cols, y.to(normed_ptr.dtype.element_ty), mask=own)
 
 
 def _residual_norm(
@@ -79,10 +85,11 @@ def _residual_norm(
     total: Tensor,
     normed: Tensor | None,
 ) -> None:
-    """A program a token."""
+    """A program a token; of few tokens several, for one multiprocessor takes microseconds for a long row."""
     D = partial.shape[-1]
-    block = triton.next_power_of_2(D)
-    _residual_norm_kernel[(partial.numel() // D,)](
+    tokens, block = partial.numel() // D, triton.next_power_of_2(D)
+    parts = PARTS if tokens <= FEW else 1
+    _residual_norm_kernel[(tokens, parts)](
         partial,
         residual,
         bias,
@@ -96,7 +103,8 @@ def _residual_norm(
         AFFINE=weight is not None,
         NORM=normed is not None,
         BLOCK_D=block,
-        num_warps=min(max(block // 512, 1), 16),
+        SHARE=8 * triton.cdiv(D, 8 * parts),  # whole vectors
+        num_warps=min(max(block // 512, 1), WARPS),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dejavu.kernels.device import MAX_TOKENS, dot, num_sms, row_products, row_settings, token_block
 from dejavu.kernels.predict import launch_compact
 from dejavu.kernels.registration import register
-from dejavu.kernels.tuning import Settings, settings
+from dejavu.kernels.tuning import Settings, settings, variant
 from dejavu.kernels.weighted_rows import weighted_rows
 
 
@@ -116,12 +116,16 @@ def _fc1_kernel(
     if HAS_IDS:
         count = tl.load(count_ptr + s)
         ids_ptr += s.to(tl.int64) * F
+        k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        rows = tl.load(ids_ptr + k, mask=k < F, other=0)  # without waiting for the count
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
-        rows = k
         if HAS_IDS:
-            rows = tl.load(ids_ptr + k, mask=chosen, other=0)
+            further = k + tl.num_programs(0) * ROWS
+            named = tl.load(ids_ptr + further, mask=further < count, other=0)
+        else:
+            rows = k
         row_ptr = weight_ptr + rows.to(tl.int64) * D
         if HAS_BIAS:
             bias = tl.load(bias_ptr + rows, mask=chosen, other=0.0).to(tl.float32)
@@ -154,6 +158,8 @@ def _fc1_kernel(
             live = tl.max((h != 0).to(tl.int32), 1)
             tl.store(live_ptr + k, live.to(tl.int8), mask=chosen)
             tl.store(sizes_ptr + first // ROWS, tl.sum(tl.where(chosen, live, 0), 0))
+        if HAS_IDS:
+            rows = named
 
 
 def _sparse_mlp(
@@ -182,7 +188,8 @@ def _sparse_mlp(
             _sparse_mlp(x.view(B, D)[some], *weights, out.view(B, D)[some], live_tally, here)
         return
     h = torch.empty(B, ffn, dtype=torch.float32, device=x.device)
-    chosen = dict(settings("fc1", default_settings(D, fc1.dtype, T), ffn, D, fc1.dtype, T, x.device))
+    default = default_settings(D, fc1.dtype, T)
+    chosen = dict(settings(variant("fc1", ids, T), default, ffn, D, fc1.dtype, T, x.device))
     blocks = triton.cdiv(ffn, chosen["ROWS"])
     live = sizes = None
     if live_tally is not None:

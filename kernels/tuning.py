@@ -27,6 +27,11 @@ def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: tor
     return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype, batch), default)
 
 
+def variant(kernel: str, ids: torch.Tensor | None, tokens: int) -> str:
+    """By which name the table knows a kernel that computes what ``ids`` names, or for one token all (None)."""
+    return f"{kernel}_all" if ids is None and tokens == 1 else kernel
+
+
 def shape_key(kernel: str, rows: int, columns: int, dtype: torch.dtype, batch: int = 1) -> str:
     """How the table names a shape: ``fc1 24576x12288 16-bit``; with ``several`` behind it for more tokens
     than one, of which up to 16 share one reading of the weights by the same code."""

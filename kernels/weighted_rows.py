@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.device import arrives_last, counters, dot, to_float, token_block
-from dejavu.kernels.tuning import Settings, settings
+from dejavu.kernels.tuning import Settings, settings, variant
 
 
 def weighted_rows_reference(
@@ -36,6 +36,13 @@ def weighted_rows_reference(
         total = used[:, live] @ chosen
         place = out[s * len(tokens) : (s + 1) * len(tokens)]
         place.copy_(total if base is None else total + base)
+
+
+@triton.jit
+def _weights_of(h_ptr, t, place, T, F, end):
+    """``h[t, place]`` of all tokens, where the place lies before ``end``."""
+    mask = (t < T)[:, None] & (place < end)[None, :]
+    return tl.load(h_ptr + t[:, None] * F + place[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "F"])
@@ -70,50 +77,44 @@ def _weighted_rows_kernel(
     inside = cols < D
     t = tl.arange(0, TOKENS)
     h_ptr += s.to(tl.int64) * T * F
+    # Ids and weights h are loaded a step ahead, so that Triton's pipeliner, which divides the stages among loads
+    # that depend on each other, leaves all of them to the rows; the first of them do not wait for the count.
+    AHEAD: tl.constexpr = not (HAS_IDS and IN_PLACE)  # where h lies is known before the ids are
+    k = split * ROWS + tl.arange(0, ROWS)
     count = F
     if HAS_IDS:
         count = tl.load(count_ptr + s) * GROUP
         ids_ptr += s.to(tl.int64) * (F // GROUP)
-    acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
-    # Where there is a dot, Triton's pipeliner divides the stages among loads that depend on each other, ids
-    # and then rows. Loading the ids a step ahead leaves all of them to the rows.
-    AHEAD: tl.constexpr = HAS_IDS and TOKENS > 1
+        named = tl.load(ids_ptr + k // GROUP, mask=k < F, other=0)
     if AHEAD:
-        k = split * ROWS + tl.arange(0, ROWS)
-        named = tl.load(ids_ptr + k // GROUP, mask=k < count, other=0)
+        further_h = _weights_of(h_ptr, t, k, T, F, F)
+    acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
     for first in tl.range(split * ROWS, count, SPLITS * ROWS, num_stages=STAGES):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
+        further = k + SPLITS * ROWS
         rows = k
-        if AHEAD:
+        if HAS_IDS:
             rows = named * GROUP + k % GROUP
-            further = k + SPLITS * ROWS
             named = tl.load(ids_ptr + further // GROUP, mask=further < count, other=0)
-        elif HAS_IDS:
-            rows = tl.load(ids_ptr + k // GROUP, mask=chosen, other=0) * GROUP + k % GROUP
-        if TOKENS == 1:
-            h = tl.load(h_ptr + (rows if IN_PLACE else k), mask=chosen, other=0.0).to(tl.float32)
-            live = h != 0
+        if AHEAD:
+            h = tl.where(chosen[None, :], further_h, 0.0)
+            further_h = _weights_of(h_ptr, t, further, T, F, count)
         else:
-            place = rows if IN_PLACE else k
-            h = tl.load(
-                h_ptr + t[:, None] * F + place[None, :], mask=(t < T)[:, None] & chosen[None, :], other=0.0
-            )
-            live = tl.sum((h != 0).to(tl.int32), 0) > 0
-        if not SKIP_ZEROS:
-            live = chosen
+            h = tl.where(chosen[None, :], _weights_of(h_ptr, t, rows, T, F, F), 0.0)
+        live = chosen
+        if SKIP_ZEROS:
+            live = tl.max((h != 0).to(tl.int32), 0) > 0
         w = tl.load(
             weight_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :],
             mask=live[:, None] & inside[None, :],
             other=0.0,
         )
+        if HAS_SCALE:
+            h *= tl.load(scale_ptr + rows, mask=chosen, other=0.0)[None, :]
         if TOKENS == 1:
-            if HAS_SCALE:
-                h *= tl.load(scale_ptr + rows, mask=chosen, other=0.0)
-            acc += to_float(w) * h[:, None]
+            acc += to_float(w) * tl.trans(h)
         else:
-            if HAS_SCALE:
-                h *= tl.load(scale_ptr + rows, mask=chosen, other=0.0)[None, :]
             if w.dtype == tl.float16 or w.dtype == tl.bfloat16:
                 h = h.to(w.dtype)
             acc = dot(h, w, acc)
@@ -168,7 +169,8 @@ def weighted_rows(
     (B, F), D = h.shape, weight.shape[1]
     sets = B if ids is not None and ids.dim() == 2 else 1
     T = B // sets
-    chosen = settings(name, default_settings(weight.dtype, T), F, D, weight.dtype, T, h.device)
+    default = default_settings(weight.dtype, T)
+    chosen = settings(variant(name, ids, T), default, F, D, weight.dtype, T, h.device)
     columns = triton.cdiv(D, chosen["BLOCK_D"])
     splits = chosen["SPLITS"]
     assert columns * sets <= len(counters(h.device)), "a counter for every block of columns of every set"

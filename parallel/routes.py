@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dejavu.kernels.reduce_residual_norm import SLOTS, TYPES, Inboxes, push_all_reduce
+from dejavu.kernels.reduce_residual_norm import TYPES, Inboxes, push_all_reduce
 from dejavu.parallel.groups import RESERVED, TPGroup
 
 Choice = Literal["auto", "nccl", "symm"]
@@ -175,7 +175,7 @@ def _exchange(tp: TPGroup, dtype: torch.dtype) -> None:
     addresses = tp.agree(partial(_rendezvous, memory, group))
     inboxes = Inboxes(
         addresses=torch.tensor(addresses, dtype=torch.int64, device=tp.device) + payload_bytes,
-        epochs=torch.zeros(SLOTS, dtype=torch.int32, device=tp.device),
+        epochs=Inboxes.zero_epochs(tp.device),
         rank=tp.rank,
     )
     payload = memory[:payload_bytes].view(dtype)

@@ -22,8 +22,8 @@ from dejavu.profiles.records import write_file
 from dejavu.profiles.timing import Call, time_calls
 
 _WAYS: dict[str, tuple[str, ...]] = {
-    "mlp": ("fc1", "fc2"),
-    "attention": ("qkv", "qkv_all", "attention", "out_proj"),
+    "mlp": ("fc1", "fc1_all", "fc2", "fc2_all"),
+    "attention": ("qkv", "qkv_all", "attention", "out_proj", "out_proj_all"),
     "predictor": ("down", "up"),
 }
 _FC1, _SUMS = ("ROWS", "BLOCK_D", "num_warps"), ("ROWS", "BLOCK_D", "num_warps", "STAGES")
@@ -54,8 +54,6 @@ _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...]
     ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (4, 8, 11, 16, 22)),
     ("out_proj", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
     ("qkv", 2): (_QKV, _QKV_16, "SPLITS", (4, 8, 16)),
-    ("qkv_all", 2): (_FC1, _FC1_16, "PROGRAMS", (8, 16)),
-    ("qkv_all", 1): (_FC1, _FC1_8, "PROGRAMS", (4, 16)),
     ("attention", 2): (_TOKENS, ((16, 2, 2), (32, 2, 4), (64, 2, 4)), "SPLITS", (8, 16, 32)),
     ("down", 2): (("ROWS", "BLOCK_D"), ((1, 2048), (2, 1024), (2, 2048), (4, 2048)), "num_warps", (4, 8)),
     ("up", 2): (("ROWS", "BLOCK_R"), _UP, "num_warps", (4, 8)),
@@ -71,11 +69,14 @@ _SEVERAL: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tup
     ),
     "up": (("ROWS", "BLOCK_R"), ((16, 256), (32, 128), (32, 256), (64, 128)), "num_warps", (4, 8)),
 }  # fmt: skip
+# Kernels that compute all rows for one token are tried with what those of chosen rows are.
+_ALIKE = {"fc1_all": "fc1", "fc2_all": "fc2", "qkv_all": "fc1", "out_proj_all": "out_proj"}
 OnProgress = Callable[[int, int], None]
 
 
 def candidates(kernel: str, columns: int, itemsize: int, batch: int = 1) -> list[Settings]:
     """Settings worth trying: those that came near the best in a wider search (profiles/results/README.md)."""
+    kernel = _ALIKE.get(kernel, kernel)
     wide = _TRIED[kernel, 1 if itemsize == 1 and (kernel, 1) in _TRIED else 2]
     names, tried, last, values = wide if batch == 1 else _SEVERAL[kernel]
     found = (dict(zip((*names, last), (*t, v), strict=True)) for t in tried for v in values)
@@ -105,8 +106,9 @@ def tune(
     best: dict[str, Settings] = {}
     done = 0
     for job in jobs:
-        graphs = _graphs(op, *job, batch, bench.device)
+        of_all, of_chosen = _graphs(op, *job, batch, bench.device)
         for kernel in kernels:
+            graphs = of_all if kernel in _ALIKE else of_chosen
             scored: list[tuple[float, int, Settings]] = []
             for settings in _of_job(kernel, job, batch):
                 override[kernel] = settings
@@ -170,14 +172,14 @@ def _key(kernel: str, local: Local, weights: str, rank: int, batch: int) -> str:
         "fc1": ffn,
         "fc2": ffn,
         "qkv": 3 * N * H,
-        "qkv_all": 3 * N * H,
         "attention": N,
         "out_proj": N * H,
         "down": rank,
         "up": ffn,
     }
     dtype = torch.bfloat16 if kernel == "attention" else DTYPES[weights]
-    return shape_key(kernel, rows[kernel], _columns(kernel, local, rank), dtype, batch)
+    of = rows[kernel.removesuffix("_all")]
+    return shape_key(kernel, of, _columns(kernel, local, rank), dtype, batch)
 
 
 def _of_job(kernel: str, job: tuple[Local, str, int], batch: int) -> list[Settings]:
@@ -187,15 +189,18 @@ def _of_job(kernel: str, job: tuple[Local, str, int], batch: int) -> list[Settin
 
 def _graphs(
     op: str, local: Local, weights: str, rank: int, batch: int, device: torch.device
-) -> list[list[Call]]:
-    """Rows of calls that tuning weighs equally: the densities that decoding has, and all of it."""
+) -> tuple[list[list[Call]], list[list[Call]]]:
+    """Rows of calls that tuning weighs equally: over all rows for one token, and at the densities that decoding
+    has. Several tokens have one kernel for both, and so has attention itself."""
     if op == "mlp":
-        case = MLPCase(local, weights, device, batch)
-        return [case.calls(density)[0] for density in (1.0, 0.25, 0.1)]
+        mlp = MLPCase(local, weights, device, batch)
+        of_chosen = [mlp.calls(density)[0] for density in (0.25, 0.1)]
+        return [mlp.dense_calls()], of_chosen if batch == 1 else [mlp.calls(1.0)[0], *of_chosen]
     if op == "attention":
-        cases = [AttentionCase(local, weights, device, density, batch) for density in (1.0, 0.5, 0.25)]
-        return [cases[0].dense_calls(), *(case.calls() for case in cases)]
-    return [PredictorCase(local, weights, device, rank, batch).calls()]
+        cases = [AttentionCase(local, weights, device, density, batch) for density in (0.5, 0.25)]
+        of_all = [cases[0].dense_calls()]
+        return of_all, [case.calls() for case in cases] + (of_all if batch > 1 else [])
+    return [], [PredictorCase(local, weights, device, rank, batch).calls()]
 
 
 def _score(graphs: Sequence[Sequence[Call]], replays: int) -> float:

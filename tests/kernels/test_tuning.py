@@ -15,10 +15,13 @@ CPU = torch.device("cpu")
 
 
 def defaults(tokens=1):
-    return {
-        "fc1": sparse_mlp.default_settings(4096, torch.bfloat16, tokens),
-        "fc2": weighted_rows.default_settings(torch.bfloat16, tokens),
-        "out_proj": weighted_rows.default_settings(torch.bfloat16, tokens),
+    fc1 = sparse_mlp.default_settings(4096, torch.bfloat16, tokens)
+    rows = weighted_rows.default_settings(torch.bfloat16, tokens)
+    of_all = {"fc1_all": fc1, "fc2_all": rows, "out_proj_all": rows} if tokens == 1 else {}
+    return of_all | {
+        "fc1": fc1,
+        "fc2": rows,
+        "out_proj": rows,
         "qkv": qkv.default_settings(torch.bfloat16, tokens, CPU),
         "qkv_all": row_settings(4096, torch.bfloat16),
         "attention": sparse_attention._default_attention_settings(32, CPU),
@@ -42,7 +45,7 @@ def test_every_entry_has_the_settings_that_its_kernel_takes():
         (kernel, n)
         for kernel in defaults()
         for n in (1, 8)
-        if n == 1 or kernel not in ("attention", "qkv_all")
+        if n == 1 or not (kernel == "attention" or kernel.endswith("_all"))
     ],
 )
 def test_what_is_tried_has_the_settings_that_its_kernel_takes(kernel, tokens):

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from dejavu.kernels import predict, reduce_residual_norm
 from dejavu.kernels.predict import _predict
-from dejavu.kernels.reduce_residual_norm import SLOTS, Inboxes, _reduce_residual_norm
+from dejavu.kernels.reduce_residual_norm import Inboxes, _reduce_residual_norm
 from dejavu.kernels.residual_norm import _residual_norm
 from dejavu.kernels.sparse_attention import _sparse_attention
 from dejavu.kernels.sparse_mlp import _sparse_mlp
@@ -94,7 +94,7 @@ def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
 
 def every_collective(dtype, D, ranks=2, T=3):
     """The launches that wait for peers: compiled, but not run."""
-    inboxes = Inboxes(torch.zeros(ranks, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int32), 1)
+    inboxes = Inboxes(torch.zeros(ranks, dtype=torch.int64), Inboxes.zero_epochs(), 1)
     x, d = torch.zeros(T, D, dtype=dtype), torch.zeros(D, dtype=dtype)
     _reduce_residual_norm(x, inboxes, x, d, d, d, 1e-5, x, x)
     _reduce_residual_norm(x, inboxes, x, None, None, None, 1e-5, x, x)
