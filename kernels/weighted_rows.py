@@ -39,10 +39,9 @@ def weighted_rows_reference(
 
 
 @triton.jit
-def _weights_of(h_ptr, t, place, T, F, end):
-    """``h[t, place]`` of all tokens, where the place lies before ``end``."""
-    mask = (t < T)[:, None] & (place < end)[None, :]
-    return tl.load(h_ptr + t[:, None] * F + place[None, :], mask=mask, other=0.0)
+def _weights_of(h_ptr, t, place, real, T, F):
+    """``h[t, place]`` of all tokens, where the place is real."""
+    return tl.load(h_ptr + t[:, None] * F + place[None, :], mask=(t < T)[:, None] & real[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "F"])
@@ -87,7 +86,7 @@ def _weighted_rows_kernel(
         ids_ptr += s.to(tl.int64) * (F // GROUP)
         named = tl.load(ids_ptr + k // GROUP, mask=k < F, other=0)
     if AHEAD:
-        further_h = _weights_of(h_ptr, t, k, T, F, F)
+        further_h = _weights_of(h_ptr, t, k, k < F, T, F)
     acc = tl.zeros([ROWS if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
     for first in tl.range(split * ROWS, count, SPLITS * ROWS, num_stages=STAGES):
         k = first + tl.arange(0, ROWS)
@@ -99,9 +98,9 @@ def _weighted_rows_kernel(
             named = tl.load(ids_ptr + further // GROUP, mask=further < count, other=0)
         if AHEAD:
             h = tl.where(chosen[None, :], further_h, 0.0)
-            further_h = _weights_of(h_ptr, t, further, T, F, count)
+            further_h = _weights_of(h_ptr, t, further, further < count, T, F)
         else:
-            h = tl.where(chosen[None, :], _weights_of(h_ptr, t, rows, T, F, F), 0.0)
+            h = _weights_of(h_ptr, t, rows, chosen, T, F)
         live = chosen
         if SKIP_ZEROS:
             live = tl.max((h != 0).to(tl.int32), 0) > 0
