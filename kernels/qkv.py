@@ -278,13 +278,13 @@ def _qkv_kernel(
     """A block of one head's rows of Q, K and V over a part of D: for FEW columns, which is enough but for a
     head that has long been left out, or for MANY; see `_qkv_block`. Keeps ``x`` in the ring, too."""
     program = tl.program_id(0) * SPLITS + tl.program_id(1)
-    if LAZY:  # nobody reads this step's slot of the ring in this launch
-        cols = tl.arange(0, BLOCK_D)
-        for copied in range(program, B, tl.num_programs(0) * SPLITS):
+    if LAZY:  # nobody reads this step's slot of the ring in this launch; all of it by one took it 10 us
+        PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+        for piece in range(program, B * PIECES, tl.num_programs(0) * SPLITS):
+            copied, cols = piece // PIECES, piece % PIECES * BLOCK_D + tl.arange(0, BLOCK_D)
             slot = copied * W + tl.load(positions_ptr + copied) % W
-            for d in range(0, D, BLOCK_D):
-                x = tl.load(x_ptr + copied * D + d + cols, mask=d + cols < D)
-                tl.store(inputs_ptr + slot * D + d + cols, x, mask=d + cols < D)
+            x = tl.load(x_ptr + copied * D + cols, mask=cols < D)
+            tl.store(inputs_ptr + slot * D + cols, x, mask=cols < D)
     blocks = tl.cdiv(3 * H, ROWS)
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b = tl.arange(0, SEQUENCES)

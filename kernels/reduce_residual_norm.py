@@ -32,9 +32,9 @@ from dejavu.kernels.device import has_pdl, wait_for_predecessor
 # Tokens of a call, and 64-bit words (pairs of elements) that a token may have.
 SLOTS, SLOT_WORDS = 64, 8192
 # Programs that share a token: so many send, so many receive.
-PARTS = 4
+PARTS = 8
 # Of more tokens than this in all, fewer share one: each receives all of it.
-_SHARED = 16
+_SHARED = 32
 TYPES = (torch.float16, torch.bfloat16)
 _ROW = 2048
 
