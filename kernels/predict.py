@@ -28,6 +28,9 @@ from dejavu.kernels.tuning import Settings, settings
 _EPS = 1e-5
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
+# Of one token, beside other work.
+_DOWN_BESIDE = {"ROWS": 2, "BLOCK_D": 1024, "num_warps": 4}
+_UP_BESIDE = {"ROWS": 8, "BLOCK_R": 512, "num_warps": 4}
 
 
 def standardise(residual: Tensor) -> Tensor:
@@ -313,7 +316,7 @@ def launch_down(
     hidden = torch.empty(B, r, dtype=dtype, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
     if beside and B == 1:
-        chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
+        chosen = {**_DOWN_BESIDE, "BLOCK_D": min(_DOWN_BESIDE["BLOCK_D"], triton.next_power_of_2(D))}
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
     kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
@@ -357,7 +360,7 @@ def launch_up(
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
     if beside and B == 1:
-        chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
+        chosen = {**_UP_BESIDE, "BLOCK_R": min(_UP_BESIDE["BLOCK_R"], triton.next_power_of_2(r))}
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
     kernel = _up_kernel[(_programs(row_blocks, device, beside), blocks)](

@@ -28,7 +28,7 @@ def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: tor
 
 
 def variant(kernel: str, ids: torch.Tensor | None, tokens: int) -> str:
-    """By which name the table knows a kernel that computes what ``ids`` names, or for one token all (None)."""
+    """The table's name of a kernel that computes what ``ids`` names, or all for one token (None)."""
     return f"{kernel}_all" if ids is None and tokens == 1 else kernel
 
 

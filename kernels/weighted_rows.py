@@ -76,8 +76,8 @@ def _weighted_rows_kernel(
     inside = cols < D
     t = tl.arange(0, TOKENS)
     h_ptr += s.to(tl.int64) * T * F
-    # Ids and weights h are loaded a step ahead, so that Triton's pipeliner, which divides the stages among loads
-    # that depend on each other, leaves all of them to the rows; the first of them do not wait for the count.
+    # Ids and weights h are loaded a step ahead: Triton's pipeliner divides the stages among loads that depend
+    # on each other, and so leaves all of them to the rows. The first ids do not wait for the count, either.
     AHEAD: tl.constexpr = not (HAS_IDS and IN_PLACE)  # where h lies is known before the ids are
     k = split * ROWS + tl.arange(0, ROWS)
     count = F

@@ -8,7 +8,7 @@ Shape legend: B batch, S query length, D hidden, N local heads, H head dim, n lo
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
@@ -194,7 +194,6 @@ class Unit:
     mean: HeadMean | None = None
     refine: "Unit | None" = None  # chooses again among the chosen
     max_batch: int | None = None  # more sequences share so many neurons that all are computed
-    ahead: int = field(init=False)  # half layers from its tap to its block
     predict_name: str = field(init=False)
     select_name: str = field(init=False)
     live_tally: Tensor | None = field(init=False, default=None)
@@ -205,18 +204,16 @@ class Unit:
         if isinstance(self.scorer, NeuronContribution) and self.sees_truth and self.threshold == 0:
             # every neuron that adds anything: no approximation, and nothing need be scored
             self.live_tally = torch.zeros(2, dtype=torch.int64, device=self.scorer.norms.device)
-        place = Tap("mlp_in" if self.kind == "mlp" else "attn_in", self.layer)
-        self.ahead = 0 if self.tap is None else place.halves - self.tap.halves
         block = f"layer.{self.layer}/{'attention' if self.kind == 'heads' else 'mlp'}"
         self.predict_name, self.select_name = f"{block}/predict", f"{block}/select"
 
 
-# Programs on each multiprocessor of a predictor that runs beside other work: more of one whose set is needed
-# half a layer on. (OPT-66B on two H100, rank 1024: half a layer ahead with 1, 2, 3, 4 they expose 0.21, 0.19,
-# 0.20, 0.23 ms of 16 layers; one layer ahead with 1 and 2 it is 0.15 and 0.22.)
-_SOON, _LATER = 2, 1
+# Programs on each multiprocessor of a predictor that runs beside other work. Fewer leave others more room but
+# take too long for a short layer. (OPT-175B's eighth on two H200, a layer ahead: with 1, 2, 3 for the neurons
+# a step takes 8.18, 7.77 and 7.66 ms; with a stream for each kind 7.69, 7.45 and 7.58.)
+_BESIDE = 2
 Sharing = Literal["union", "each", "mask"]
-# When a predictor starts: on the side stream, as soon as its tap exists or with the next collective; or on
+# When a predictor starts: on a side stream, as soon as its tap exists or with the next collective; or on
 # the main stream, at its tap.
 Overlap = Literal["tap", "collective", "none"]
 
@@ -271,7 +268,7 @@ class Policy(Selector):
             pass over whole texts.
         dense_until: with ``mask``, positions before it are computed in full, as those of a prompt.
 
-    ``side`` (None at first: no side stream) and ``overlap`` say where and when predictors run.
+    ``sides`` (empty at first: all runs on the main stream) and ``overlap`` say where and when predictors run.
     """
 
     def __init__(
@@ -295,7 +292,7 @@ class Policy(Selector):
                 self._by_tap.setdefault(unit.tap, []).append(unit)
         for found in self._by_tap.values():  # what is needed first runs first
             found.sort(key=lambda unit: (unit.layer, unit.kind == "mlp"))
-        self.side: SideStream | None = None
+        self.sides: Mapping[Kind, SideStream] = {}
         self.overlap: Overlap = "tap"
         self._scores: dict[int, Tensor] = {}
         self._waiting: list[tuple[Unit, Tensor]] = []  # for a collective to start beside
@@ -344,11 +341,9 @@ class Policy(Selector):
 
     def _start(self) -> None:
         """Launches the predictors whose taps have been passed."""
-        if not self._waiting:
-            return
-        side = None if self.overlap == "none" else self.side
-        with nullcontext() if side is None else side.beside():
-            for unit, residual in self._waiting:
+        for unit, residual in self._waiting:
+            side = None if self.overlap == "none" else self.sides.get(unit.kind)
+            with nullcontext() if side is None else side.beside():
                 self._predict(unit, residual, side)
         self._waiting.clear()
 
@@ -360,7 +355,7 @@ class Policy(Selector):
                 residual[:, 0],
                 self._alive,
                 union=self._shared(unit),
-                beside=0 if side is None else _SOON if unit.ahead < 2 else _LATER,
+                beside=0 if side is None else _BESIDE,
                 out=out,
             )
         ready = None if side is None else side.mark()
@@ -457,8 +452,7 @@ class Policy(Selector):
             self._start()  # if no collective has come since its tap
             chosen, ready, _ = self._found.pop(id(unit))
             if ready is not None:
-                assert self.side is not None
-                self.side.join(ready)
+                self.sides[kind].join(ready)
             return chosen
         if self._is_lossless(unit):
             assert unit.live_tally is not None

@@ -190,8 +190,8 @@ def _of_job(kernel: str, job: tuple[Local, str, int], batch: int) -> list[Settin
 def _graphs(
     op: str, local: Local, weights: str, rank: int, batch: int, device: torch.device
 ) -> tuple[list[list[Call]], list[list[Call]]]:
-    """Rows of calls that tuning weighs equally: over all rows for one token, and at the densities that decoding
-    has. Several tokens have one kernel for both, and so has attention itself."""
+    """Rows of calls that tuning weighs equally: over all rows for one token, and at the densities that
+    decoding has. Several tokens have one kernel for both, and so has attention itself."""
     if op == "mlp":
         mlp = MLPCase(local, weights, device, batch)
         of_chosen = [mlp.calls(density)[0] for density in (0.25, 0.1)]

@@ -87,7 +87,7 @@ class Decoder:
         self.overlap: Overlap = overlap
         on_cuda = tp.device.type == "cuda"
         self._graphs = on_cuda and cuda_graph and self.pipeline.stages == 1
-        self._side = SideStream(tp.device) if on_cuda else None
+        self._sides = {kind: SideStream(tp.device) for kind in KINDS} if on_cuda else {}
         # by batch, greedy and policy, which a recorded step keeps in use
         self._states: dict[tuple[int, bool, Selector | None], DecodeState] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
@@ -229,7 +229,7 @@ class Decoder:
 
     def _step(self, state: DecodeState, selector: Selector) -> Tensor:
         if self.policy is not None:
-            self.policy.side, self.policy.overlap = self._side, self.overlap
+            self.policy.sides, self.policy.overlap = self._sides, self.overlap
         step = state.cache.step(1, state.alive)
         tokens = state.tokens.clamp(min=0)[:, None]  # the host has not seen a NO_TOKEN yet
         return self._logits(self._through(tokens, state.cache, step, selector)[:, -1])

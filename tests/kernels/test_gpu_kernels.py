@@ -191,7 +191,7 @@ def test_launches_of_a_layer(sparse_run, record_property):
     """At most 7 on the main stream besides collectives, at most 3 a predictor, in the captured graph."""
     engine, state = sparse_run
     layer, policy = engine.model.layers[3], engine.policy
-    policy.side = None
+    policy.sides = {}
     residual = torch.randn(1, 1, 256, device=CUDA, dtype=torch.float16)
     x = torch.randn_like(residual)
     step, kv = state.cache.step(1, state.alive), state.cache.layer(3)

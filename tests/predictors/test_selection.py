@@ -1,7 +1,6 @@
 """Taps, sets, what a policy makes of scores, and when and where it does so."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from dejavu.kernels.sparse_mlp import sparse_mlp
 from dejavu.predictors.networks import LowRank, NeuronContribution, PackedLowRank, Static
 from dejavu.predictors.selection import (
     EVERYTHING,
+    KINDS,
     ActiveSet,
     Chosen,
     Fixed,
@@ -340,18 +340,17 @@ def rows_of(mask):
 class Side:
     """A side stream that keeps account of what happens in which order."""
 
-    def __init__(self, log):
-        self.log, self.marks = log, 0
+    def __init__(self, log, kind):
+        self.log, self.kind = log, kind
 
     @contextmanager
     def beside(self):
-        self.log.append("fork")
+        self.log.append(f"{self.kind} begin")
         yield
         self.log.append("main")
 
     def mark(self):
-        self.marks += 1
-        return f"event {self.marks}"
+        return f"{self.kind} end"
 
     def join(self, event):
         self.log.append(f"join {event}")
@@ -370,9 +369,9 @@ def log(monkeypatch):
     return log
 
 
-def in_a_step(overlap, side=None):
+def in_a_step(overlap, sides=()):
     policy = Policy(packed_units(), 3)
-    policy.side, policy.overlap = side, overlap
+    policy.sides, policy.overlap = dict(sides), overlap
     policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
     return policy
 
@@ -422,29 +421,21 @@ def test_a_pass_forgets_what_waits_for_a_collective(log):
         policy.neurons(0, None)
 
 
-def test_a_set_that_is_needed_later_is_predicted_by_fewer_programs(log):
-    units = [replace(unit, tap=unit.tap.shift(-1)) for unit in packed_units() if unit.layer == 1]
-    policy = Policy(units, 3)
-    policy.side = Side([])
-    policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
-    for unit in units:
-        policy.observe(unit.tap, RESIDUAL)
-    assert [beside for _, _, beside in log] == [1, 1]
-
-
 @pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
 def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
-    policy = in_a_step(overlap, Side(log))
+    policy = in_a_step(overlap, {kind: Side(log, kind) for kind in KINDS})
     policy.observe(Tap("mlp_in", 0), RESIDUAL)
     policy.observe(Tap("attn_in", 1), RESIDUAL)
     policy.before_collective()
     policy.heads(1, None), policy.neurons(1, None)
     heads, neurons = (("predict", n, 0 if overlap == "none" else 2) for n in (6, 37))
+    beside = ["heads begin", heads, "main", "mlp begin", neurons, "main"]
+    joins = ["join heads end", "join mlp end"]
     assert (
         log
         == {
-            "tap": ["fork", heads, "main", "fork", neurons, "main", "join event 1", "join event 2"],
-            "collective": ["fork", heads, neurons, "main", "join event 1", "join event 2"],
+            "tap": [*beside, *joins],
+            "collective": [*beside, *joins],
             "none": [heads, neurons],
         }[overlap]
     )

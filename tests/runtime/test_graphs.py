@@ -249,7 +249,8 @@ def test_a_recorded_step_serves_batches_of_its_bucket(engines, recording, sparsi
         params = [SamplingParams(max_new_tokens=15 - 3 * i, seed=i, **settings) for i in range(n)]
         found, expected = (e.generate(PROMPTS[:n], params) for e in (recorded, eager))
         assert found.results == expected.results
-        assert found.density == pytest.approx(expected.density)
+        # a batch of another size is multiplied in another order: a neuron near zero may live in one alone
+        assert found.density == pytest.approx(expected.density, rel=1e-3)
     assert len(Recorded.made) == 2 and all(graph.replays for graph in Recorded.made)
 
 
