@@ -18,9 +18,11 @@ from dejavu.kernels.device import (
     counters,
     dot,
     has_large_shared_memory,
+    has_pdl,
     num_sms,
     row_products,
     row_settings,
+    wait_for_predecessor,
 )
 from dejavu.kernels.tuning import Settings, settings
 
@@ -274,9 +276,11 @@ def _qkv_kernel(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A block of one head's rows of Q, K and V over a part of D: for FEW columns, which is enough but for a
     head that has long been left out, or for MANY; see `_qkv_block`. Keeps ``x`` in the ring, too."""
+    wait_for_predecessor(PDL)
     program = tl.program_id(0) * SPLITS + tl.program_id(1)
     if LAZY:  # nobody reads this step's slot of the ring in this launch; all of it by one took it 10 us
         PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -330,8 +334,10 @@ def _qkv_all_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """All heads' rows of Q, K and V for one sequence, a grid-stride loop over blocks of ROWS."""
+    wait_for_predecessor(PDL)
     position = tl.load(positions_ptr)
     for first in range(tl.program_id(0) * ROWS, 3 * N * H, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
@@ -409,6 +415,8 @@ def project_qkv(
         SEQUENCES=sequences,
         FEW=few,
         MANY=many,
+        PDL=has_pdl(device),
+        launch_pdl=has_pdl(device),
         **chosen,
     )
     return q
@@ -444,6 +452,8 @@ def _project_all(
         H=H,
         HAS_SCALE=qkv_scale is not None,
         HAS_BIAS=qkv_bias is not None,
+        PDL=has_pdl(device),
+        launch_pdl=has_pdl(device),
         **chosen,
     )
 

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, dot, num_sms, row_products, row_settings, token_block
+from dejavu.kernels.device import (
+    MAX_TOKENS,
+    dot,
+    has_pdl,
+    num_sms,
+    row_products,
+    row_settings,
+    token_block,
+    wait_for_predecessor,
+)
 from dejavu.kernels.predict import launch_compact
 from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings, variant
@@ -103,10 +112,12 @@ def _fc1_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """``h[t, k] = relu(fc1[ids[k]] . x[t] + bias[ids[k]])`` for k below the count; a program takes every
     so-manieth block of rows, so that a fixed grid serves any count. Also notes, if LIVE, which k are above
     zero for any token, and how many of each block."""
+    wait_for_predecessor(PDL)
     s = tl.program_id(1)
     x_ptr += s.to(tl.int64) * T * D
     h_ptr += s.to(tl.int64) * T * F
@@ -216,6 +227,8 @@ def _sparse_mlp(
         HAS_ALIVE=alive is not None,
         LIVE=live is not None,
         TOKENS=token_block(T),
+        PDL=has_pdl(x.device),
+        launch_pdl=has_pdl(x.device),
         **chosen,
     )
     skip = ids is not None  # of those that were chosen
