@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,16 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A kernel or, on a CPU, a range; ``path`` is the ranges around it inside the step, outermost first."""
+    """A kernel or, on a CPU, a range; ``path`` is the ranges around it inside the step, outermost first, and
+    ``lane`` the stream or thread it ran on. A graph's replay runs on streams that the driver picks anew, so
+    there the lane is a name for those that were captured."""
 
     label: str
     path: tuple[str, ...]
     category: str
     start: float
     end: float
-    lane: int
+    lane: int | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class Step:
 
 
 Node = dict[str, Any]
+_BESIDE = ("predict", "select")
 _DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error, sqlite3.Error)
 
 
@@ -245,8 +248,8 @@ def _all_steps(process: Process, graphs: Sequence[list[Node]]) -> list[Step]:
         chain = ranges.around(kernel.launched, kernel.thread)
         if (step := next((r for r in chain if r.name == STEP), None)) is not None:
             path = [r.name for r in chain[chain.index(step) + 1 :]]
-            launched[step].append(_span(kernel, path, chain[-1].category))
-    found += [_step(spans) for spans in launched.values()]
+            launched[step].append(_span(kernel, path, chain[-1].category, kernel.stream))
+    found += [_step(_in_turn(spans)) for spans in launched.values()]
     return sorted((step for step in found if step is not None), key=lambda step: step.start)
 
 
@@ -265,18 +268,33 @@ def _replay(
     spans = []
     for kernel in kernels:
         node = waiting[kernel.shape].popleft()
-        spans.append(_span(kernel, node["path"][1:], node["category"]))
-    return _step(spans, number)
+        path, category = node["path"][1:], node["category"]
+        lane = "main"
+        if category in _BESIDE:
+            lane = "for heads" if path[-1].endswith("attention/predict") else "for neurons"
+        spans.append(_span(kernel, path, category, lane))
+    return _step(_in_turn(spans), number)
 
 
 def _shape(node: Node) -> tuple[int, ...]:
     return (*node["grid"], *node["block"])
 
 
-def _span(kernel: Kernel, path: Sequence[str], category: str) -> Span:
-    if category in ("predict", "select"):
+def _span(kernel: Kernel, path: Sequence[str], category: str, lane: int | str) -> Span:
+    if category in _BESIDE:
         path = path[-1:]  # launched in one block for another, beside it
-    return Span(kernel.name, tuple(path), category, kernel.start, kernel.end, kernel.stream)
+    return Span(kernel.name, tuple(path), category, kernel.start, kernel.end, lane)
+
+
+def _in_turn(spans: Sequence[Span]) -> list[Span]:
+    """Kernels of a stream follow each other: one that began while its predecessor ran waited for it."""
+    free: dict[int | str, float] = defaultdict(float)
+    found = []
+    for span in sorted(spans, key=lambda span: span.start):
+        start = min(max(span.start, free[span.lane]), span.end)
+        free[span.lane] = max(free[span.lane], span.end)
+        found.append(replace(span, start=start))
+    return found
 
 
 def _step(spans: Sequence[Span], graph: int | None = None) -> Step:

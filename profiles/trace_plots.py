@@ -41,8 +41,8 @@ def _lanes(axes: Axes, spans: Sequence[Span], origin: float, window: tuple[float
     order = lanes(seen)
     for place, lane in enumerate(order):
         here = [s for s in seen if s.lane == lane]
-        # of nested host ranges the inner ones lie on top
-        for span in sorted(here, key=lambda s: len(s.path)):
+        # Of nested host ranges the inner ones lie on top; of kernels the earlier, for which the later waits.
+        for span in sorted(here, key=lambda s: (len(s.path), -s.start)):
             axes.broken_barh(
                 [(span.start - origin, span.end - span.start)],
                 (place - 0.4, 0.8),
@@ -50,7 +50,8 @@ def _lanes(axes: Axes, spans: Sequence[Span], origin: float, window: tuple[float
                 edgecolors="white",
                 linewidth=0.3,
             )
-    axes.set_yticks(range(len(order)), [f"{unit} {i}" for i in range(len(order))])
+    names = [lane if isinstance(lane, str) else f"{unit} {i}" for i, lane in enumerate(order)]
+    axes.set_yticks(range(len(order)), names)
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlim(window[0] - origin, window[1] - origin)
     axes.grid(axis="y", visible=False)

@@ -159,9 +159,9 @@ def middle_step(steps: Sequence[Step]) -> Step:
     return sorted(steps, key=lambda step: step.end - step.start)[len(steps) // 2]
 
 
-def lanes(spans: Sequence[Span]) -> list[int]:
+def lanes(spans: Sequence[Span]) -> list[int | str]:
     """The streams, the busiest first."""
-    busy: dict[int, float] = defaultdict(float)
+    busy: dict[int | str, float] = defaultdict(float)
     for span in spans:
         busy[span.lane] += span.end - span.start
     return sorted(busy, key=lambda lane: -busy[lane])

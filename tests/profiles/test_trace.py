@@ -123,6 +123,16 @@ def test_without_what_was_noted_at_capture_there_is_no_step(recorded, tmp_path):
         report(process, steps(process, read_graphs(tmp_path)))
 
 
+def test_the_lanes_of_a_replay_are_the_streams_that_were_captured(recorded):
+    processes, graphs = recorded
+    for step in steps(processes[0], graphs):
+        assert {(span.lane, span.category in ("predict", "select")) for span in step.spans} == {
+            ("main", False),
+            ("for heads", True),
+            ("for neurons", True),
+        }
+
+
 def test_the_picture(recorded, tmp_path):
     processes, graphs = recorded
     timeline_page(middle_step(steps(processes[0], graphs)), tmp_path / "t.png", title="a step")
@@ -149,7 +159,7 @@ def test_kernels_launched_one_by_one_belong_to_the_range_around_their_launch():
         kernel("attend", 200, 250, launch=11),
         kernel("choose", 210, 260, launch=13, stream=8),
         kernel("sum", 255, 275, launch=35),
-        kernel("multiply", 280, 300, launch=41),
+        kernel("multiply", 270, 300, launch=41),  # begins early, and waits
         kernel("draw", 310, 315, launch=91),
         kernel("of no step", 400, 500, launch=150),
     ]
@@ -171,7 +181,8 @@ def test_kernels_launched_one_by_one_belong_to_the_range_around_their_launch():
         "under_other": 0,
         "hidden_share": 0.9,
     }
-    assert row["idle"]["us"] == 5 + 10 and row["idle"]["longest_us"] == 10
+    assert [(span.start, span.end) for span in step.spans[2:4]] == [(255, 275), (275, 300)]
+    assert row["idle"]["us"] == row["idle"]["longest_us"] == 10
     assert row["collective_us"] == 20
 
 
