@@ -273,7 +273,8 @@ def bench_attention(bench: Bench, local: Local, weights: str, batch: int = 1) ->
     what: Row = {"op": "attention", "shape": local.name, "tp": local.tp, "weights": weights, "batch": batch,
             "prompt_len": CACHED}  # fmt: skip
     dense_us = 0.0
-    for density in DENSITIES:
+    N = local.sizes[2]
+    for density in {max(round(density * N), 1): density for density in DENSITIES}.values():  # few have few
         case = AttentionCase(local, weights, bench.device, density, batch)
         if density == DENSITIES[0]:
             everything = case.N * (case.weight_bytes + batch * case.kv_bytes)

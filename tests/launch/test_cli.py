@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -476,7 +477,9 @@ def test_launch_that_is_told_while_it_waits_for_other_nodes(number, status):
         port = free.getsockname()[1]
     where = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(port))
     command = [sys.executable, "-m", "dejavu.launch.cli", "launch", *where, *aloud("cpu")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # a shell's background jobs ignore Ctrl-C, as would all that they start
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as process:
         while process.poll() is None:  # until it is there to be met
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break
