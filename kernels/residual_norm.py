@@ -31,7 +31,8 @@ def residual_norm_reference(
         normed.copy_(F.layer_norm(total, total.shape[-1:], weight, shift, eps))
 
 
-PARTS, FEW, WARPS = 4, 16, 16
+# Programs of a token, as long as there are few tokens: one takes 3.3 us for 9216 elements, four 3.0 (H200).
+_PARTS, _FEW = 4, 16
 
 
 @triton.jit
@@ -85,10 +86,10 @@ def _residual_norm(
     total: Tensor,
     normed: Tensor | None,
 ) -> None:
-    """A program a token; of few tokens several, for one multiprocessor takes microseconds for a long row."""
+    """A program a token, or several."""
     D = partial.shape[-1]
     tokens, block = partial.numel() // D, triton.next_power_of_2(D)
-    parts = PARTS if tokens <= FEW else 1
+    parts = _PARTS if tokens <= _FEW else 1
     _residual_norm_kernel[(tokens, parts)](
         partial,
         residual,
@@ -104,7 +105,7 @@ def _residual_norm(
         NORM=normed is not None,
         BLOCK_D=block,
         SHARE=8 * triton.cdiv(D, 8 * parts),  # whole vectors
-        num_warps=min(max(block // 512, 1), WARPS),
+        num_warps=min(max(block // 512, 1), 16),
     )
 
 

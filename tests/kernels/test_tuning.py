@@ -70,6 +70,25 @@ def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch,
     forget()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "names"),
+    [(1, False, ["fc1_all", "fc2_all"]), (1, True, ["fc1", "fc2"]), (3, False, ["fc1", "fc2"])],
+)
+def test_one_token_has_settings_of_its_own_for_all_rows(monkeypatch, tokens, chosen, names):
+    asked = []
+    for module in (sparse_mlp, weighted_rows):
+        monkeypatch.setattr(module, "settings", lambda name, default, *_: asked.append(name) or default)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, fc1, fc2 = (torch.zeros(*shape, device=device) for shape in ((tokens, 1, 32), (8, 32), (8, 32)))
+    ids = (
+        torch.arange(8, dtype=torch.int32, device=device),
+        torch.tensor([4], dtype=torch.int32, device=device),
+    )
+    of = ids if chosen else (None, None)
+    sparse_mlp._sparse_mlp(x, fc1, None, None, fc2, None, *of, torch.empty_like(x), None, None)
+    assert asked == names
+
+
 def test_a_crossover_is_the_tables_for_the_next_power_of_2(monkeypatch, tmp_path):
     path = tmp_path / "crossover.json"
     path.write_text("{}")
