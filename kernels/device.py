@@ -91,6 +91,11 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def launched_early(pdl: bool) -> dict[str, bool]:
+    """Lets a kernel that has `wait_for_predecessor` begin while its predecessor on the stream runs."""
+    return {"PDL": pdl, "launch_pdl": pdl}
+
+
 _beside: set[int] = set()
 
 

@@ -16,6 +16,7 @@ from dejavu.kernels.device import (
     MAX_TOKENS,
     dot,
     has_pdl,
+    launched_early,
     num_sms,
     runs_beside,
     to_float,
@@ -28,9 +29,10 @@ from dejavu.kernels.tuning import Settings, settings
 _EPS = 1e-5
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
-# Of one token, beside other work.
-_DOWN_BESIDE = {"ROWS": 2, "BLOCK_D": 1024, "num_warps": 4}
-_UP_BESIDE = {"ROWS": 8, "BLOCK_R": 512, "num_warps": 4}
+# Programs on each multiprocessor of a predictor that runs beside other work. Fewer leave others more room but
+# take too long for a short layer. (OPT-175B's eighth on two H200, a layer ahead: with 1, 2, 3 for the neurons
+# a step takes 8.18, 7.77 and 7.66 ms; with a stream for each kind 7.69, 7.45 and 7.58.)
+_BESIDE = 2
 
 
 def standardise(residual: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def predict_reference(
     count: Tensor,
     tally: Tensor,
     relu: bool,
-    beside: int = 0,
+    beside: bool = False,
 ) -> None:
     """See `predict`."""
     z = standardise(residual)
@@ -290,7 +292,7 @@ def _predict(
     count: Tensor,
     tally: Tensor,
     relu: bool,
-    beside: int,
+    beside: bool,
 ) -> None:
     """Launches the two layers and the compaction."""
     # several tokens are multiplied by tensor cores, which take both sides in 16 bits (8-bit weights fit them)
@@ -308,7 +310,7 @@ def launch_down(
     dtype: torch.dtype = torch.float32,
     *,
     relu: bool = False,
-    beside: int = 0,
+    beside: bool = False,
 ) -> Tensor:
     """The first layer: ``[B, r]``. See `predict`."""
     (B, D), r, device = residual.shape, len(down), residual.device
@@ -316,7 +318,7 @@ def launch_down(
     hidden = torch.empty(B, r, dtype=dtype, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
     if beside and B == 1:
-        chosen = {**_DOWN_BESIDE, "BLOCK_D": min(_DOWN_BESIDE["BLOCK_D"], triton.next_power_of_2(D))}
+        chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
     kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
@@ -331,8 +333,7 @@ def launch_down(
         HAS_SCALE=down_scale is not None,
         RELU=relu,
         TOKENS=tokens,
-        PDL=pdl,
-        launch_pdl=pdl,
+        **launched_early(pdl),
         **chosen,
     )
     if beside:
@@ -351,7 +352,7 @@ def launch_up(
     count: Tensor,
     tally: Tensor,
     *,
-    beside: int = 0,
+    beside: bool = False,
 ) -> None:
     """The second layer, from ``hidden [B, r]``, and the compaction. See `predict`."""
     B, (n, r), device = len(hidden), up.shape, hidden.device
@@ -360,7 +361,7 @@ def launch_up(
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
     if beside and B == 1:
-        chosen = {**_UP_BESIDE, "BLOCK_R": min(_UP_BESIDE["BLOCK_R"], triton.next_power_of_2(r))}
+        chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
     kernel = _up_kernel[(_programs(row_blocks, device, beside), blocks)](
@@ -379,8 +380,7 @@ def launch_up(
         HAS_ALIVE=alive is not None,
         UNION=union,
         TOKENS=tokens,
-        PDL=pdl,
-        launch_pdl=pdl,
+        **launched_early(pdl),
         **chosen,
     )
     if beside:
@@ -393,11 +393,11 @@ def launch_up(
     launch_compact(mask, sizes, rows, ids, count, alive, tally, beside=beside)
 
 
-def _programs(blocks: int, device: torch.device, beside: int) -> int:
-    return min(blocks, beside * num_sms(device)) if beside else blocks
+def _programs(blocks: int, device: torch.device, beside: bool) -> int:
+    return min(blocks, _BESIDE * num_sms(device)) if beside else blocks
 
 
-def _overlaps(device: torch.device, beside: int) -> bool:
+def _overlaps(device: torch.device, beside: bool) -> bool:
     """Whether a launch begins before its predecessor has ended: not beside other work, for programs that wait
     would hold the places of those that could work."""
     return has_pdl(device) and not beside
@@ -419,7 +419,7 @@ def launch_compact(
     alive: Tensor | None = None,
     tally: Tensor | None = None,
     *,
-    beside: int = 0,
+    beside: bool = False,
 ) -> None:
     """The ids of what is chosen in each row of ``mask int8[S, n]``, of which ``sizes [S, n / rows]`` says how
     many there are in every ``rows`` entries (a divisor of 1024). See `predict`.
@@ -443,8 +443,7 @@ def launch_compact(
         PLACED=_PLACED,
         ROWS=rows,
         BLOCK=triton.next_power_of_2(sizes.shape[1]),
-        PDL=pdl,
-        launch_pdl=pdl,
+        **launched_early(pdl),
         num_warps=min(max(triton.next_power_of_2(sizes.shape[1]) // 2048, 4), 16),
     )
     if beside:
@@ -488,7 +487,7 @@ def predict(
     *,
     union: bool,
     relu: bool = False,
-    beside: int = 0,
+    beside: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The active set that a low-rank predictor finds. Triton kernels on CUDA, `predict_reference` on the CPU.
@@ -503,8 +502,7 @@ def predict(
         tally: ``int64[2]``, to which the numbers of entries chosen and of sets are added.
         union: one set for the batch, instead of one a sequence.
         relu: between the two layers.
-        beside: it runs beside other work, to which it leaves room, with so many programs a multiprocessor:
-            slower by itself, sooner for both. 0: it runs alone.
+        beside: it runs beside other work, to which it leaves room: slower by itself, sooner for both.
         out: ids and count to write to.
 
     Returns:

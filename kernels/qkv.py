@@ -19,6 +19,7 @@ from dejavu.kernels.device import (
     dot,
     has_large_shared_memory,
     has_pdl,
+    launched_early,
     num_sms,
     row_products,
     row_settings,
@@ -102,9 +103,8 @@ def is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOCK
     if HAS_IDS:
         i = tl.arange(0, BLOCK_N)
         count = tl.load(count_ptr + b, mask=real, other=0)
-        there = real[:, None] & (i < N)[None, :]  # without waiting for the count
-        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1)
         named = i[None, :] < count[:, None]
+        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=named, other=-1)
         chosen = tl.sum(((ids == head) & named).to(tl.int32), 1)
     else:
         chosen = real.to(tl.int32)
@@ -415,8 +415,7 @@ def project_qkv(
         SEQUENCES=sequences,
         FEW=few,
         MANY=many,
-        PDL=has_pdl(device),
-        launch_pdl=has_pdl(device),
+        **launched_early(has_pdl(device)),
         **chosen,
     )
     return q
@@ -452,8 +451,7 @@ def _project_all(
         H=H,
         HAS_SCALE=qkv_scale is not None,
         HAS_BIAS=qkv_bias is not None,
-        PDL=has_pdl(device),
-        launch_pdl=has_pdl(device),
+        **launched_early(has_pdl(device)),
         **chosen,
     )
 

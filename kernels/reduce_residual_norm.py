@@ -27,14 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import has_pdl, wait_for_predecessor
+from dejavu.kernels.device import has_pdl, launched_early, wait_for_predecessor
 
 # Tokens of a call, and 64-bit words (pairs of elements) that a token may have.
 SLOTS, SLOT_WORDS = 64, 8192
-# Programs that share a token: so many send, so many receive.
-PARTS = 8
-# Of more tokens than this in all, fewer share one: each receives all of it.
-_SHARED = 32
+# Programs that share a token: at most so many send, and as many receive; and at most so many send in all.
+MOST_PARTS, _SENDERS = 8, 32
 TYPES = (torch.float16, torch.bfloat16)
 _ROW = 2048
 
@@ -45,7 +43,7 @@ class Inboxes:
 
     Args:
         addresses: ``int64[R]`` on the device, of each rank's inbox as this rank sees it.
-        epochs: ``int32[SLOTS, 2, PARTS]``, calls so far; in this rank's own memory.
+        epochs: ``int32[SLOTS, 2, MOST_PARTS]``, calls so far; in this rank's own memory.
     """
 
     addresses: Tensor
@@ -55,7 +53,7 @@ class Inboxes:
     @staticmethod
     def zero_epochs(device: torch.device | None = None) -> Tensor:
         """No call so far."""
-        return torch.zeros(SLOTS, 2, PARTS, dtype=torch.int32, device=device)
+        return torch.zeros(SLOTS, 2, MOST_PARTS, dtype=torch.int32, device=device)
 
     @staticmethod
     def nbytes(ranks: int) -> int:
@@ -150,7 +148,7 @@ def _reduce_residual_norm_kernel(
     row = t * PAIRS
     cols = tl.arange(0, BLOCK)
     inside = cols < PAIRS
-    own = inside & (cols >= part * SHARE) & (cols < (part + 1) * SHARE)
+    own = inside & (cols // SHARE == part)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + cols, mask=inside & (receives == 1), other=0)
     if AFFINE:
@@ -228,7 +226,7 @@ def _reduce_residual_norm(
     assert inboxes.takes(partial.dtype, T, D) and partial.is_contiguous()
     assert all(x is None or x.dtype == partial.dtype for x in (residual, bias, weight, shift, total, normed))
     block, pdl = triton.next_power_of_2(D // 2), has_pdl(partial.device)
-    parts = min(PARTS, max(1, _SHARED // T))
+    parts = min(MOST_PARTS, max(1, _SENDERS // T))
     share = 4 * triton.cdiv(D // 2, 4 * parts)  # whole vectors
     _reduce_residual_norm_kernel[(T * 2 * parts,)](
         _pairs(partial),
@@ -246,7 +244,7 @@ def _reduce_residual_norm(
         RANKS=len(inboxes.addresses),
         SLOTS=SLOTS,
         SLOT_WORDS=SLOT_WORDS,
-        MOST_PARTS=PARTS,
+        MOST_PARTS=MOST_PARTS,
         PARTS=parts,
         SHARE=share,
         HAS_RESIDUAL=residual is not None,
@@ -256,9 +254,8 @@ def _reduce_residual_norm(
         BF16=partial.dtype == torch.bfloat16,
         BLOCK=block,
         BLOCK_SHARE=triton.next_power_of_2(share),
-        PDL=pdl,
+        **launched_early(pdl),
         num_warps=min(max(block // 256, 1), 16),
-        launch_pdl=pdl,
     )
 
 

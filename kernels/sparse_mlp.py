@@ -16,6 +16,7 @@ from dejavu.kernels.device import (
     MAX_TOKENS,
     dot,
     has_pdl,
+    launched_early,
     num_sms,
     row_products,
     row_settings,
@@ -127,16 +128,12 @@ def _fc1_kernel(
     if HAS_IDS:
         count = tl.load(count_ptr + s)
         ids_ptr += s.to(tl.int64) * F
-        k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        rows = tl.load(ids_ptr + k, mask=k < F, other=0)  # without waiting for the count
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
+        rows = k
         if HAS_IDS:
-            further = k + tl.num_programs(0) * ROWS
-            named = tl.load(ids_ptr + further, mask=further < count, other=0)
-        else:
-            rows = k
+            rows = tl.load(ids_ptr + k, mask=chosen, other=0)
         row_ptr = weight_ptr + rows.to(tl.int64) * D
         if HAS_BIAS:
             bias = tl.load(bias_ptr + rows, mask=chosen, other=0.0).to(tl.float32)
@@ -169,8 +166,6 @@ def _fc1_kernel(
             live = tl.max((h != 0).to(tl.int32), 1)
             tl.store(live_ptr + k, live.to(tl.int8), mask=chosen)
             tl.store(sizes_ptr + first // ROWS, tl.sum(tl.where(chosen, live, 0), 0))
-        if HAS_IDS:
-            rows = named
 
 
 def _sparse_mlp(
@@ -227,8 +222,7 @@ def _sparse_mlp(
         HAS_ALIVE=alive is not None,
         LIVE=live is not None,
         TOKENS=token_block(T),
-        PDL=has_pdl(x.device),
-        launch_pdl=has_pdl(x.device),
+        **launched_early(has_pdl(x.device)),
         **chosen,
     )
     skip = ids is not None  # of those that were chosen

@@ -28,7 +28,8 @@ def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: tor
 
 
 def variant(kernel: str, ids: torch.Tensor | None, tokens: int) -> str:
-    """The table's name of a kernel that computes what ``ids`` names, or all for one token (None)."""
+    """The table's name of a kernel that computes what ``ids`` names; None: all, for which one token has
+    settings of its own."""
     return f"{kernel}_all" if ids is None and tokens == 1 else kernel
 
 

@@ -163,7 +163,7 @@ def weighted_rows(
         group: each id names so many rows in a row.
         in_place: the weights lie in the rows' order: ``h[:, ids[k]]`` belongs to the row ``ids[k]``.
         skip_zeros: rows that no token gives a weight are not read.
-        name: by which the table of settings knows this use.
+        name: by which the table of settings knows this use; see `variant`.
     """
     (B, F), D = h.shape, weight.shape[1]
     sets = B if ids is not None and ids.dim() == 2 else 1

@@ -7,7 +7,7 @@ import torch
 
 
 class SideStream:
-    """A second stream of a GPU. Forks and joins are events, so a CUDA graph captures them as they are."""
+    """Another stream of a GPU. Forks and joins are events, so a CUDA graph captures them as they are."""
 
     def __init__(self, device: torch.device) -> None:
         # high priority: its small launches slip in between the blocks of the large ones, which fill the GPU

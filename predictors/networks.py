@@ -87,7 +87,7 @@ class PackedLowRank(nn.Module):
         alive: Tensor | None,
         *,
         union: bool,
-        beside: int = 0,
+        beside: bool = False,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The ids and the count of what is chosen at ``residual [B, D]``: of the whole batch or, without

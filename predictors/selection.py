@@ -208,10 +208,6 @@ class Unit:
         self.predict_name, self.select_name = f"{block}/predict", f"{block}/select"
 
 
-# Programs on each multiprocessor of a predictor that runs beside other work. Fewer leave others more room but
-# take too long for a short layer. (OPT-175B's eighth on two H200, a layer ahead: with 1, 2, 3 for the neurons
-# a step takes 8.18, 7.77 and 7.66 ms; with a stream for each kind 7.69, 7.45 and 7.58.)
-_BESIDE = 2
 Sharing = Literal["union", "each", "mask"]
 # When a predictor starts: on a side stream, as soon as its tap exists or with the next collective; or on
 # the main stream, at its tap.
@@ -355,7 +351,7 @@ class Policy(Selector):
                 residual[:, 0],
                 self._alive,
                 union=self._shared(unit),
-                beside=0 if side is None else _BESIDE,
+                beside=side is not None,
                 out=out,
             )
         ready = None if side is None else side.mark()

@@ -108,7 +108,7 @@ def tune(
     for job in jobs:
         of_all, of_chosen = _graphs(op, *job, batch, bench.device)
         for kernel in kernels:
-            graphs = of_all if kernel in _ALIKE else of_chosen
+            graphs = _of_kernel(kernel, batch, of_all, of_chosen)
             scored: list[tuple[float, int, Settings]] = []
             for settings in _of_job(kernel, job, batch):
                 override[kernel] = settings
@@ -190,17 +190,24 @@ def _of_job(kernel: str, job: tuple[Local, str, int], batch: int) -> list[Settin
 def _graphs(
     op: str, local: Local, weights: str, rank: int, batch: int, device: torch.device
 ) -> tuple[list[list[Call]], list[list[Call]]]:
-    """Rows of calls that tuning weighs equally: over all rows for one token, and at the densities that
-    decoding has. Several tokens have one kernel for both, and so has attention itself."""
+    """Rows of calls over all rows, and at the densities that decoding has."""
     if op == "mlp":
         mlp = MLPCase(local, weights, device, batch)
-        of_chosen = [mlp.calls(density)[0] for density in (0.25, 0.1)]
-        return [mlp.dense_calls()], of_chosen if batch == 1 else [mlp.calls(1.0)[0], *of_chosen]
+        of_all = mlp.dense_calls() if batch == 1 else mlp.calls(1.0)[0]
+        return [of_all], [mlp.calls(density)[0] for density in (0.25, 0.1)]
     if op == "attention":
         cases = [AttentionCase(local, weights, device, density, batch) for density in (0.5, 0.25)]
-        of_all = [cases[0].dense_calls()]
-        return of_all, [case.calls() for case in cases] + (of_all if batch > 1 else [])
+        return [cases[0].dense_calls()], [case.calls() for case in cases]
     return [], [PredictorCase(local, weights, device, rank, batch).calls()]
+
+
+def _of_kernel(
+    kernel: str, batch: int, of_all: list[list[Call]], of_chosen: list[list[Call]]
+) -> list[list[Call]]:
+    """What tuning weighs equally: the calls in which the kernel runs."""
+    if kernel in _ALIKE:
+        return of_all
+    return of_chosen if batch == 1 and f"{kernel}_all" in _ALIKE else [*of_chosen, *of_all]
 
 
 def _score(graphs: Sequence[Sequence[Call]], replays: int) -> float:
@@ -219,9 +226,12 @@ def _compile(job: tuple[str, Local, str, int, int, str, Settings]) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     with suppress(OutOfResources):
         if op == "mlp":
-            MLPCase(local, weights, device, batch).calls(0.1)[0][0]()
+            mlp = MLPCase(local, weights, device, batch)
+            calls = mlp.dense_calls() if kernel in _ALIKE else mlp.calls(0.1)[0]
         elif op == "attention":
-            AttentionCase(local, weights, device, 1.0, batch).dense_calls()[0]()
+            block = AttentionCase(local, weights, device, 0.5, batch)
+            calls = block.dense_calls() if kernel in _ALIKE else block.calls()
         else:
-            PredictorCase(local, weights, device, rank, batch).calls()[0]()
+            calls = PredictorCase(local, weights, device, rank, batch).calls()
+        calls[0]()
     override.clear()

@@ -45,11 +45,12 @@ class Draw:
         return data.to(DEVICE), scale.to(DEVICE), (data.double() * scale.double()).to(DEVICE)
 
     def ids(self, mask):
-        """``mask [S, n]`` as ids in no order, past the count anything, and counts."""
+        """``mask [S, n]`` as ids in no order, past the count anything (ids of before, too), and counts."""
         ids = torch.full(mask.shape, 2**30, dtype=torch.int32)
         for row, chosen in zip(ids, mask, strict=True):
-            named = chosen.nonzero()[:, 0].int()
+            named, left_out = chosen.nonzero()[:, 0].int(), (~chosen).nonzero()[:, 0].int()
             row[: len(named)] = named[torch.randperm(len(named), generator=self.generator)]
+            row[len(named) :: 2] = left_out[::2]
         return ids.to(DEVICE), mask.sum(-1).int().to(DEVICE)
 
     def mask(self, *shape, p):
@@ -126,13 +127,30 @@ def test_sparse_mlp(batch, D, F, chosen, dtype):
     check_mlp(batch, D, F, mask, dtype, with_bias=batch == 1)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.6, 1.0])
+FEW_ROWS = {"ROWS": 16, "BLOCK_D": 32, "SPLITS": 2, "STAGES": 3, "num_warps": 4}
+
+
+@pytest.mark.parametrize("share", [0.02, 0.6, 1.0, "all"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_many_steps_over_the_chosen_rows(batch, share, dtype, monkeypatch):
-    small = {"ROWS": 16, "BLOCK_D": 32, "SPLITS": 2, "STAGES": 3, "num_warps": 4}
-    monkeypatch.setitem(override, "fc2", small)
-    check_mlp(batch, 40, 150, Draw(5).mask(150, p=share), dtype)
+def test_many_steps_over_the_rows(batch, share, dtype, monkeypatch):
+    for name in ("fc2", "fc2_all"):
+        monkeypatch.setitem(override, name, FEW_ROWS)
+    check_mlp(batch, 40, 150, None if share == "all" else Draw(5).mask(150, p=share), dtype)
+
+
+@pytest.mark.parametrize("skip_zeros", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_lies_past_the_count_is_not_used(batch, skip_zeros, monkeypatch):
+    monkeypatch.setitem(override, "rows", FEW_ROWS)
+    draw = Draw(2)
+    weight, h = draw.normal(100, 24, dtype=torch.float32), draw.normal(batch, 100, dtype=torch.float32)
+    ids = torch.randperm(100, generator=draw.generator).int().to(DEVICE)
+    h[:, 57:] = torch.nan
+    out = torch.full((batch, 24), torch.nan, device=DEVICE)
+    count = torch.tensor([57], dtype=torch.int32, device=DEVICE)
+    weighted_rows(h, weight, None, ids, count, out, skip_zeros=skip_zeros)
+    torch.testing.assert_close(out, h[:, :57] @ weight[ids[:57].long()], atol=1e-4, rtol=1e-4)
 
 
 def test_more_tokens_than_one_launch_serves():
@@ -178,7 +196,7 @@ def test_rows_of_weight_zero_are_not_read(batch, dtype):
 
 @pytest.mark.parametrize("norm", ["affine", "plain", "none"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rows, D", [(1, 37), (3, 64)])
+@pytest.mark.parametrize("rows, D", [(1, 37), (3, 64), (16, 100), (17, 100)])
 def test_residual_norm(rows, D, dtype, norm):
     draw = Draw(D)
     partial, residual = draw.normal(rows, D, dtype=dtype), 3 + 5 * draw.normal(rows, D, dtype=dtype)
@@ -208,7 +226,7 @@ def predictor(draw, batch, D, r, n, dtype, residual_dtype):
 @pytest.mark.parametrize("batch", [1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8, FP8])
 @pytest.mark.parametrize("D, r, n, limit", [(40, 24, 1100, 20.0), (33, 7, 5, 1.0)])
-@pytest.mark.parametrize("beside", [0, 2])
+@pytest.mark.parametrize("beside", [False, True])
 def test_predict(batch, union, dtype, D, r, n, limit, beside):
     draw = Draw(n)
     residual, lean, exact = predictor(draw, batch, D, r, n, dtype, torch.bfloat16)
@@ -342,6 +360,18 @@ def test_sparse_attention(batch, H, lazy, chosen, dtype):
     assert torch.equal(found[4], expected[4])
     for ours, again in zip(found, block.run(_sparse_attention, x, ids, count, layer=2), strict=True):
         assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("batch, splits", [(1, 2), (3, 1)])
+def test_all_programs_of_qkv_fill_the_ring(batch, splits, monkeypatch):
+    small = {"ROWS": 32, "BLOCK_D": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setitem(override, "qkv", small)
+    block = Attention(batch, 3, 8, 72, 45, torch.bfloat16, lazy=True, with_mean=True)
+    ids, count = block.draw.ids(block.draw.mask(batch, 3, p=0.5))
+    x = block.draw.normal(batch, 72, dtype=block.dtype)
+    _, ring, *_ = block.run(_sparse_attention, x, ids, count)
+    _, expected, *_ = block.run(sparse_attention_reference, x, ids, count)
+    assert torch.equal(ring, expected) and (ring == x[:, None]).all(-1).any(-1).all()
 
 
 @pytest.mark.parametrize("dtype", WEIGHTS)

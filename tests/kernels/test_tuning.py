@@ -8,8 +8,8 @@ import torch
 from dejavu.kernels import predict, qkv, sparse_attention, sparse_mlp, weighted_rows
 from dejavu.kernels.device import row_settings
 from dejavu.kernels.tuning import TABLE, crossover, forget, override, settings, shape_key
-from dejavu.profiles.kernel_bench import DTYPES, SHAPES
-from dejavu.profiles.tune import candidates, crossing, write_crossovers, write_table
+from dejavu.profiles.kernel_bench import DTYPES, SHAPES, Local
+from dejavu.profiles.tune import _key, candidates, crossing, write_crossovers, write_table
 
 CPU = torch.device("cpu")
 
@@ -87,6 +87,9 @@ def test_one_token_has_settings_of_its_own_for_all_rows(monkeypatch, tokens, cho
     of = ids if chosen else (None, None)
     sparse_mlp._sparse_mlp(x, fc1, None, None, fc2, None, *of, torch.empty_like(x), None, None)
     assert asked == names
+    if tokens == 1:
+        keys = [shape_key(name, 18432, 9216, torch.bfloat16) for name in names]
+        assert [_key(name, Local("opt-66b", 2), "bf16", 0, 1) for name in names] == keys
 
 
 def test_a_crossover_is_the_tables_for_the_next_power_of_2(monkeypatch, tmp_path):

@@ -358,10 +358,10 @@ class Side:
 
 @pytest.fixture
 def log(monkeypatch):
-    """The predictors that have run, with how many programs beside others each was allowed."""
+    """The predictors that have run, and whether beside other work."""
     log, find = [], PackedLowRank.active_set
 
-    def active_set(self, *arguments, beside=0, **options):
+    def active_set(self, *arguments, beside=False, **options):
         log.append(("predict", len(self.bias), beside))
         return find(self, *arguments, beside=beside, **options)
 
@@ -385,10 +385,10 @@ def test_predictors_start_at_their_tap(log, overlap):
     policy.observe(Tap("attn_in", 2), RESIDUAL)
     assert log == []
     policy.observe(Tap("attn_in", 0), RESIDUAL)
-    assert log == [("predict", 40, 0)]
+    assert log == [("predict", 40, False)]
     policy.before_collective()
     policy.neurons(0, None)
-    assert log == [("predict", 40, 0)]  # once
+    assert log == [("predict", 40, False)]  # once
 
 
 def test_predictors_start_with_the_next_collective(log):
@@ -397,7 +397,7 @@ def test_predictors_start_with_the_next_collective(log):
     policy.observe(Tap("attn_in", 1), RESIDUAL)
     assert log == []
     policy.before_collective()
-    assert log == [("predict", 6, 0), ("predict", 37, 0)]
+    assert log == [("predict", 6, False), ("predict", 37, False)]
     policy.before_collective()
     policy.heads(1, None), policy.neurons(1, None)
     assert len(log) == 2
@@ -407,7 +407,7 @@ def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):
     policy = in_a_step("collective")
     policy.observe(Tap("attn_in", 0), RESIDUAL)
     chosen = policy.neurons(0, None)
-    assert log == [("predict", 40, 0)]
+    assert log == [("predict", 40, False)]
     assert named(chosen) == rows_of(mask_of(policy.units["mlp", 0], RESIDUAL, union=True))
 
 
@@ -428,17 +428,10 @@ def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
     policy.observe(Tap("attn_in", 1), RESIDUAL)
     policy.before_collective()
     policy.heads(1, None), policy.neurons(1, None)
-    heads, neurons = (("predict", n, 0 if overlap == "none" else 2) for n in (6, 37))
+    heads, neurons = (("predict", n, overlap != "none") for n in (6, 37))
     beside = ["heads begin", heads, "main", "mlp begin", neurons, "main"]
     joins = ["join heads end", "join mlp end"]
-    assert (
-        log
-        == {
-            "tap": [*beside, *joins],
-            "collective": [*beside, *joins],
-            "none": [heads, neurons],
-        }[overlap]
-    )
+    assert log == ([heads, neurons] if overlap == "none" else [*beside, *joins])
 
 
 @pytest.mark.parametrize("sharing", ["union", "each"])

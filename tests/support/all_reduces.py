@@ -39,7 +39,15 @@ def boundaries(tp, dtype, route):
     payloads while now one rank is late and now the other; and the last streams."""
     reserve(tp, dtype, "symm")
     tp.routes[dtype].table = only(route)
-    shapes = [(1, 1, 1024), (3, 1, 1024), (3, 1, 512), (1, 1, 12288), (16, 1, 1024)]
+    shapes = [
+        (1, 1, 1024),
+        (3, 1, 1024),
+        (3, 1, 512),
+        (1, 1, 12288),
+        (16, 1, 1024),
+        (5, 1, 512),
+        (64, 1, 4096),
+    ]
     norms = [LayerNorm(shape[-1]).to(tp.device, dtype) for shape in shapes]
     sources = [torch.zeros(shape, dtype=dtype, device=tp.device) for shape in shapes]
     extra_source = torch.zeros(40, dtype=dtype, device=tp.device)

@@ -31,6 +31,7 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+READS_WEIGHTS_EARLY = ("_up_kernel", "_reduce_residual_norm_kernel")
 compiled = {}
 
 
@@ -50,7 +51,16 @@ def compile_launch(kernel, *args, grid, warmup, **kwargs):
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     found = triton.compile(source, target=HOPPER, options=options)
+    if values.get("PDL"):
+        check_wait(kernel.__name__, found.asm["ptx"])
     compiled[kernel.__name__, str(signature)] = len(found.asm["cubin"])
+
+
+def check_wait(name, ptx):
+    """Before a kernel that begins early waits, it touches nothing that the one before it may still write."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    reads = () if name in READS_WEIGHTS_EARLY else ("ld.global", "cp.async")
+    assert wait and not any(access in before for access in ("st.global", "atom.", "red.", *reads)), name
 
 
 def weight(*shape, dtype):
