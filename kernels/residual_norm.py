@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import has_pdl, launched_early, wait_for_predecessor
 from dejavu.kernels.registration import register
 
 
@@ -52,23 +51,19 @@ def _residual_norm_kernel(
     NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SHARE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """A token's programs add all of its row, which the norm needs, and store a share of it each."""
     row = tl.program_id(0).to(tl.int64) * D
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
     own = inside & (cols // SHARE == tl.program_id(1))
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    if AFFINE:
-        weight = tl.load(weight_ptr + cols, mask=own, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + cols, mask=own, other=0.0).to(tl.float32)
-    wait_for_predecessor(PDL)
     residual = tl.load(residual_ptr + row + cols, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(partial_ptr + row + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        x += bias
+        x += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if AFFINE:
+        weight = tl.load(weight_ptr + cols, mask=own, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + cols, mask=own, other=0.0).to(tl.float32)
     total = (x + residual).to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + row + cols, total, mask=own)
     if NORM:
@@ -111,7 +106,6 @@ def _residual_norm(
         BLOCK_D=block,
         SHARE=8 * triton.cdiv(D, 8 * parts),  # whole vectors
         num_warps=min(max(block // 512, 1), 16),
-        **launched_early(has_pdl(partial.device)),
     )
 
 
