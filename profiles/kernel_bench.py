@@ -179,7 +179,7 @@ class AttentionCase:
         D, N, H, B = self.D, self.N, self.H, batch
         self.weight_bytes, self.kv_bytes = 4 * H * D * dtype.itemsize, 2 * CACHED * H * wide.itemsize
         self.batch, self.lazy = batch, batch <= LAZY_BATCH
-        self.chosen = max(round(density * N), 1)
+        self.chosen = _chosen_heads(density, N)
         self.copies: list[dict[str, Any]] = []
         for _ in range(_COPIES):
             keys, values = torch.empty(2, B, N, CACHED + 128, H, dtype=wide, device=device).normal_()
@@ -263,6 +263,10 @@ class AttentionCase:
         torch.matmul(y.view(B, N * H), c["out_proj"][0].view(N * H, D), out=self.out)
 
 
+def _chosen_heads(density: float, N: int) -> int:
+    return max(round(density * N), 1)
+
+
 def bench_attention(bench: Bench, local: Local, weights: str, batch: int = 1) -> Iterator[Row]:
     """QKV, attention over 1920 cached tokens and out_proj: dense by libraries and by our kernels, then chosen
     heads, a random set each step, with all filling of missing keys and values in the timed steps.
@@ -274,7 +278,7 @@ def bench_attention(bench: Bench, local: Local, weights: str, batch: int = 1) ->
             "prompt_len": CACHED}  # fmt: skip
     dense_us = 0.0
     N = local.sizes[2]
-    for density in {max(round(density * N), 1): density for density in DENSITIES}.values():  # few have few
+    for density in {_chosen_heads(density, N): density for density in DENSITIES}.values():  # each number once
         case = AttentionCase(local, weights, bench.device, density, batch)
         if density == DENSITIES[0]:
             everything = case.N * (case.weight_bytes + batch * case.kv_bytes)

@@ -85,7 +85,7 @@ class Step:
 
 
 Node = dict[str, Any]
-_BESIDE = ("predict", "select")
+PREDICTION = ("predict", "select")  # categories
 _DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error, sqlite3.Error)
 
 
@@ -270,8 +270,8 @@ def _replay(
         node = waiting[kernel.shape].popleft()
         path, category = node["path"][1:], node["category"]
         lane = "main"
-        if category in _BESIDE:
-            lane = "for heads" if path[-1].endswith("attention/predict") else "for neurons"
+        if category in PREDICTION:
+            lane = "for heads" if "/attention/" in path[-1] else "for neurons"
         spans.append(_span(kernel, path, category, lane))
     return _step(_in_turn(spans), number)
 
@@ -281,16 +281,18 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _span(kernel: Kernel, path: Sequence[str], category: str, lane: int | str) -> Span:
-    if category in _BESIDE:
+    if category in PREDICTION:
         path = path[-1:]  # launched in one block for another, beside it
     return Span(kernel.name, tuple(path), category, kernel.start, kernel.end, lane)
 
 
 def _in_turn(spans: Sequence[Span]) -> list[Span]:
-    """Kernels of a stream follow each other: one that began while its predecessor ran waited for it."""
+    """Kernels of a stream follow each other: one that began while its predecessor ran waited for it.
+
+    ``spans`` are in the order in which they began."""
     free: dict[int | str, float] = defaultdict(float)
     found = []
-    for span in sorted(spans, key=lambda span: span.start):
+    for span in spans:
         start = min(max(span.start, free[span.lane]), span.end)
         free[span.lane] = max(free[span.lane], span.end)
         found.append(replace(span, start=start))

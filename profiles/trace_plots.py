@@ -41,8 +41,8 @@ def _lanes(axes: Axes, spans: Sequence[Span], origin: float, window: tuple[float
     order = lanes(seen)
     for place, lane in enumerate(order):
         here = [s for s in seen if s.lane == lane]
-        # Of nested host ranges the inner ones lie on top; of kernels the earlier, for which the later waits.
-        for span in sorted(here, key=lambda s: (len(s.path), -s.start)):
+        # of nested host ranges the inner ones lie on top
+        for span in sorted(here, key=lambda s: len(s.path)):
             axes.broken_barh(
                 [(span.start - origin, span.end - span.start)],
                 (place - 0.4, 0.8),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dejavu.profiles.trace import Process, Span, Step
+from dejavu.profiles.trace import PREDICTION, Process, Span, Step
 
 Row = dict[str, Any]
 Intervals = list[tuple[float, float]]
@@ -115,8 +115,8 @@ def _predictors(steps: Sequence[Step]) -> Row | None:
     """Microseconds a step."""
     sums: dict[str, float] = defaultdict(float)
     for step in steps:
-        predict = _union(_of(step, "predict", "select"))
-        rest = [span for span in step.spans if span.category not in ("predict", "select")]
+        predict = _union(_of(step, *PREDICTION))
+        rest = [span for span in step.spans if span.category not in PREDICTION]
         collective = _union((s.start, s.end) for s in rest if s.category == "collective")
         attention = _union((s.start, s.end) for s in rest if any("/attention" in name for name in s.path))
         anything = _union((s.start, s.end) for s in rest)

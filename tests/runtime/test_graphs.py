@@ -249,8 +249,10 @@ def test_a_recorded_step_serves_batches_of_its_bucket(engines, recording, sparsi
         params = [SamplingParams(max_new_tokens=15 - 3 * i, seed=i, **settings) for i in range(n)]
         found, expected = (e.generate(PROMPTS[:n], params) for e in (recorded, eager))
         assert found.results == expected.results
-        # a batch of another size is multiplied in another order: a neuron near zero may live in one alone
-        assert found.density == pytest.approx(expected.density, rel=1e-3)
+        # a batch of another size is multiplied in another order: one neuron, near zero, may live in one alone
+        config, steps = eager.model.config, len(found.results[0].token_ids)
+        one = 1 / (config.num_layers * config.ffn_dim * steps)
+        assert found.density == pytest.approx(expected.density, abs=2 * one)
     assert len(Recorded.made) == 2 and all(graph.replays for graph in Recorded.made)
 
 
