@@ -52,11 +52,20 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def row_products(row_ptr, chosen, x_ptr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of weights ``[ROWS, D]``, those that are chosen, times one token's ``x [D]``: fp32 ``[ROWS]``."""
+def first_weights(row_ptr, chosen, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first weights of rows, ``[ROWS, BLOCK_D]``, of those that are chosen; for `row_products`."""
     cols = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for d in tl.static_range(0, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
+    return tl.load(row_ptr[:, None] + cols[None, :], mask=chosen[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def row_products(early, row_ptr, chosen, x_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of weights ``[ROWS, D]``, those that are chosen, times one token's ``x [D]``: fp32 ``[ROWS]``.
+    ``early`` are their `first_weights`: loaded while ``x`` is not there yet, or another block is summed."""
+    cols = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    acc = to_float(early) * x[None, :]
+    for d in tl.static_range(BLOCK_D, D, BLOCK_D):  # unrolled: all of a row's loads are under way at once
         inside = d + cols < D
         w = tl.load(row_ptr[:, None] + (d + cols)[None, :], mask=chosen[:, None] & inside[None, :], other=0.0)
         x = tl.load(x_ptr + d + cols, mask=inside, other=0.0).to(tl.float32)
@@ -68,7 +77,8 @@ def row_products(row_ptr, chosen, x_ptr, D: tl.constexpr, ROWS: tl.constexpr, BL
 def wait_for_predecessor(PDL: tl.constexpr):
     """With programmatic dependent launch a kernel starts while its predecessor on the stream still runs, once
     every program of that has come here; and here it waits until that is complete. Before, a program may read
-    weights and write nothing."""
+    weights, and what kernels before the predecessor have written, and write nothing. What it waits for may
+    also be on another stream: a predictor. Ids that are read before are to be looked at again."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

@@ -17,6 +17,7 @@ from dejavu.kernels.device import (
     arrives_last,
     counters,
     dot,
+    first_weights,
     has_large_shared_memory,
     has_pdl,
     launched_early,
@@ -99,12 +100,14 @@ def chosen_mask(ids: Tensor, count: Tensor, n: int) -> Tensor:
 
 @triton.jit
 def is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether each sequence of ``b [X]`` has chosen ``head``: ``int32[X]``, 0 where not ``real``."""
+    """Whether each sequence of ``b [X]`` has chosen ``head``: ``int32[X]``, 0 where not ``real``. Past the
+    first-level cache: ids may be read before they are written, and then again."""
     if HAS_IDS:
         i = tl.arange(0, BLOCK_N)
-        count = tl.load(count_ptr + b, mask=real, other=0)
-        named = i[None, :] < count[:, None]
-        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=named, other=-1)
+        there = real[:, None] & (i < N)[None, :]
+        count = tl.load(count_ptr + b, mask=real, other=0, cache_modifier=".cg")
+        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1, cache_modifier=".cg")
+        named = there & (i[None, :] < count[:, None])
         chosen = tl.sum(((ids == head) & named).to(tl.int32), 1)
     else:
         chosen = real.to(tl.int32)
@@ -152,8 +155,18 @@ def _products(
 
 
 @triton.jit
+def _of_columns(x, COLUMNS: tl.constexpr):
+    """What each sequence has, ``[SEQUENCES]``, for every column of a block, in which they alternate."""
+    AGES: tl.constexpr = COLUMNS // x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[None, :], [AGES, x.shape[0]]), [COLUMNS])
+
+
+@triton.jit
 def _qkv_block(
     first,
+    position,
+    chosen,
+    missing,
     x_ptr,
     inputs_ptr,
     weight_ptr,
@@ -162,14 +175,8 @@ def _qkv_block(
     q_ptr,
     keys_ptr,
     values_ptr,
-    filled_to_ptr,
-    positions_ptr,
-    ids_ptr,
-    count_ptr,
     partial_ptr,
     arrived_ptr,
-    layer,
-    B,
     N,
     T,
     W: tl.constexpr,
@@ -177,13 +184,10 @@ def _qkv_block(
     H: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
     LAZY: tl.constexpr,
-    SPREAD: tl.constexpr,
     SEQUENCES: tl.constexpr,
     COLUMNS: tl.constexpr,
     MANY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -197,10 +201,9 @@ def _qkv_block(
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = tl.arange(0, COLUMNS)
     b, back = column % SEQUENCES, first + column // SEQUENCES
-    real = b < B
-    position = tl.load(positions_ptr + b, mask=real, other=0)
-    chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
-    missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
+    position = _of_columns(position, COLUMNS)
+    chosen = _of_columns(chosen, COLUMNS)
+    missing = _of_columns(missing, COLUMNS)
     asked = (back == 0) & (chosen > 0)
     lacking = back < missing
     used = asked | lacking
@@ -280,7 +283,18 @@ def _qkv_kernel(
 ):
     """A block of one head's rows of Q, K and V over a part of D: for FEW columns, which is enough but for a
     head that has long been left out, or for MANY; see `_qkv_block`. Keeps ``x`` in the ring, too."""
+    blocks = tl.cdiv(3 * H, ROWS)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    b = tl.arange(0, SEQUENCES)
+    real = b < B
+    position = tl.load(positions_ptr + b, mask=real, other=0)
+    chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
+    missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
     wait_for_predecessor(PDL)
+    if HAS_IDS:
+        before, chosen = chosen, is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
+        if tl.max((chosen != before).to(tl.int32), 0) > 0:  # those were of an earlier step
+            missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
     program = tl.program_id(0) * SPLITS + tl.program_id(1)
     if LAZY:  # nobody reads this step's slot of the ring in this launch; all of it by one took it 10 us
         PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -289,30 +303,21 @@ def _qkv_kernel(
             slot = copied * W + tl.load(positions_ptr + copied) % W
             x = tl.load(x_ptr + copied * D + cols, mask=cols < D)
             tl.store(inputs_ptr + slot * D + cols, x, mask=cols < D)
-    blocks = tl.cdiv(3 * H, ROWS)
-    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    b = tl.arange(0, SEQUENCES)
-    real = b < B
-    position = tl.load(positions_ptr + b, mask=real, other=0)
-    chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
-    missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
     needed = tl.max(tl.maximum(missing, chosen.to(tl.int64)), 0)
     if (block + 1) * ROWS <= H:
         needed = tl.minimum(needed, tl.max(chosen, 0).to(tl.int64))  # queries are of this step only
     if needed > FEW // SEQUENCES:
         for first in range(0, needed, MANY // SEQUENCES):
             _qkv_block(
-                first, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr,
-                filled_to_ptr, positions_ptr, ids_ptr, count_ptr, partial_ptr, arrived_ptr, layer, B, N, T, W,
-                D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, MANY, MANY, BLOCK_N, SPLITS,
-                ROWS, BLOCK_D,
+                first, position, chosen, missing, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr,
+                keys_ptr, values_ptr, partial_ptr, arrived_ptr, N, T, W, D, H, HAS_SCALE, HAS_BIAS, LAZY,
+                SEQUENCES, MANY, MANY, SPLITS, ROWS, BLOCK_D,
             )  # fmt: skip
     elif needed > 0:
         _qkv_block(
-            0, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr,
-            filled_to_ptr, positions_ptr, ids_ptr, count_ptr, partial_ptr, arrived_ptr, layer, B, N, T, W,
-            D, H, HAS_SCALE, HAS_BIAS, HAS_IDS, LAZY, SPREAD, SEQUENCES, FEW, MANY, BLOCK_N, SPLITS, ROWS,
-            BLOCK_D,
+            0, position, chosen, missing, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr,
+            values_ptr, partial_ptr, arrived_ptr, N, T, W, D, H, HAS_SCALE, HAS_BIAS, LAZY, SEQUENCES, FEW,
+            MANY, SPLITS, ROWS, BLOCK_D,
         )  # fmt: skip
 
 
@@ -337,12 +342,17 @@ def _qkv_all_kernel(
     PDL: tl.constexpr,
 ):
     """All heads' rows of Q, K and V for one sequence, a grid-stride loop over blocks of ROWS."""
-    wait_for_predecessor(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    early = first_weights(weight_ptr + row.to(tl.int64) * D, row < 3 * N * H, D, BLOCK_D)
     position = tl.load(positions_ptr)
+    wait_for_predecessor(PDL)
     for first in range(tl.program_id(0) * ROWS, 3 * N * H, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < 3 * N * H
-        y = row_products(weight_ptr + row.to(tl.int64) * D, inside, x_ptr, D, ROWS, BLOCK_D)
+        further = row + tl.num_programs(0) * ROWS
+        further_early = first_weights(weight_ptr + further.to(tl.int64) * D, further < 3 * N * H, D, BLOCK_D)
+        y = row_products(early, weight_ptr + row.to(tl.int64) * D, inside, x_ptr, D, BLOCK_D)
+        early = further_early
         if HAS_SCALE:
             y *= tl.load(scale_ptr + row, mask=inside, other=0.0)
         if HAS_BIAS:

@@ -23,6 +23,9 @@ from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
 from dejavu.kernels.weighted_rows import weighted_rows
 
+# Slots of a cache that is short.
+_SHORT = 512
+
 
 def sparse_attention_reference(
     x: Tensor,
@@ -239,14 +242,8 @@ def _sparse_attention(
     projections = (x, inputs, qkv, qkv_scale, qkv_bias)
     q = project_qkv(*projections, keys, values, filled_to, positions, ids, count, layer)
     heads = torch.empty_like(q)
-    # its work is each sequence's own: of one sequence, the table knows it
-    chosen = _default_attention_settings(B * N, device)
-    if B == 1:
-        chosen = settings("attention", chosen, N, H, keys.dtype, 1, device)
+    chosen = _attention_settings(B, N, T, H, keys.dtype, device)
     block_h = triton.next_power_of_2(H)
-    # a short cache has no work for more
-    used = triton.next_power_of_2(triton.cdiv(T, chosen["BLOCK_T"]))
-    chosen = {**chosen, "SPLITS": min(chosen["SPLITS"], used)}
     partial = torch.empty(B * N * chosen["SPLITS"] * (block_h + 2), dtype=torch.float32, device=device)
     _decode_attention_kernel[(chosen["SPLITS"], N, B)](
         q,
@@ -286,10 +283,19 @@ def _sparse_attention(
     )
 
 
-def _default_attention_settings(pairs: int, device: torch.device) -> Settings:
-    """Sound for any shape: shares enough to occupy every multiprocessor a few times over."""
-    splits = triton.next_power_of_2(triton.cdiv(4 * num_sms(device), pairs))
-    return {"SPLITS": min(splits, 32), "BLOCK_T": 32, "STAGES": 3, "num_warps": 4}
+def _attention_settings(B: int, N: int, T: int, H: int, dtype: torch.dtype, device: torch.device) -> Settings:
+    """Of one sequence's short cache every 16 slots have a program of one warp, which is a microsecond faster
+    than what is best for a long one; else the table's, which knows one sequence, or shares enough to occupy
+    every multiprocessor a few times over."""
+    if B == 1 and T <= _SHORT:
+        chosen: Settings = {"SPLITS": _SHORT // 16, "BLOCK_T": 16, "STAGES": 1, "num_warps": 1}
+    else:
+        splits = triton.next_power_of_2(triton.cdiv(4 * num_sms(device), B * N))
+        chosen = {"SPLITS": min(splits, 32), "BLOCK_T": 32, "STAGES": 3, "num_warps": 4}
+        if B == 1:
+            chosen = settings("attention", chosen, N, H, dtype, 1, device)
+    used = triton.next_power_of_2(triton.cdiv(T, chosen["BLOCK_T"]))
+    return {**chosen, "SPLITS": min(chosen["SPLITS"], used)}
 
 
 _op = register(

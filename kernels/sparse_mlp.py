@@ -15,6 +15,7 @@ from torch import Tensor
 from dejavu.kernels.device import (
     MAX_TOKENS,
     dot,
+    first_weights,
     has_pdl,
     launched_early,
     num_sms,
@@ -90,6 +91,19 @@ def _scaled(weight: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
     return weight.to(like.dtype) if scale is None else (weight.to(scale.dtype) * scale).to(like.dtype)
 
 
+@triton.jit
+def _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS: tl.constexpr):
+    """The rows of fc1 that the entries ``k`` of set s name; -1 past their number. Past the first-level cache:
+    ids may be read before they are written, and then again."""
+    rows = tl.where(k < F, k, -1)
+    if HAS_IDS:
+        count = tl.load(count_ptr + s, cache_modifier=".cg")
+        there = k < tl.minimum(count, F)
+        rows = tl.load(ids_ptr + s.to(tl.int64) * F + k, mask=there, other=-1, cache_modifier=".cg")
+        rows = tl.where(rows < F, rows, -1)
+    return rows
+
+
 @triton.jit(do_not_specialize=["T", "F"])
 def _fc1_kernel(
     x_ptr,
@@ -118,29 +132,36 @@ def _fc1_kernel(
     """``h[t, k] = relu(fc1[ids[k]] . x[t] + bias[ids[k]])`` for k below the count; a program takes every
     so-manieth block of rows, so that a fixed grid serves any count. Also notes, if LIVE, which k are above
     zero for any token, and how many of each block."""
-    wait_for_predecessor(PDL)
     s = tl.program_id(1)
     x_ptr += s.to(tl.int64) * T * D
     h_ptr += s.to(tl.int64) * T * F
     t = tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
+    if TOKENS == 1:
+        early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+    wait_for_predecessor(PDL)
     count = F
     if HAS_IDS:
-        count = tl.load(count_ptr + s)
-        ids_ptr += s.to(tl.int64) * F
+        count = tl.load(count_ptr + s, cache_modifier=".cg")
+        before, rows = rows, _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
+        stale = tl.max((rows != before).to(tl.int32), 0) > 0  # they were of an earlier step
+        if TOKENS == 1 and stale:
+            early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
-        rows = k
-        if HAS_IDS:
-            rows = tl.load(ids_ptr + k, mask=chosen, other=0)
         row_ptr = weight_ptr + rows.to(tl.int64) * D
+        further = _rows(ids_ptr, count_ptr, s, k + tl.num_programs(0) * ROWS, F, HAS_IDS)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + rows, mask=chosen, other=0.0).to(tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + rows, mask=chosen, other=0.0)
         if TOKENS == 1:
-            h = row_products(row_ptr, chosen, x_ptr, D, ROWS, BLOCK_D)[:, None]
+            further_early = first_weights(weight_ptr + further.to(tl.int64) * D, further >= 0, D, BLOCK_D)
+            h = row_products(early, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]
+            early = further_early
         else:
             h = tl.zeros([ROWS, TOKENS], tl.float32)
             for d in tl.range(0, D, BLOCK_D):
@@ -166,6 +187,7 @@ def _fc1_kernel(
             live = tl.max((h != 0).to(tl.int32), 1)
             tl.store(live_ptr + k, live.to(tl.int8), mask=chosen)
             tl.store(sizes_ptr + first // ROWS, tl.sum(tl.where(chosen, live, 0), 0))
+        rows = further
 
 
 def _sparse_mlp(

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.parallel.collectives import all_gather_last, all_reduce
+from dejavu.kernels.tokens import embed_rows
+from dejavu.parallel.collectives import all_gather_last
 from dejavu.parallel.groups import TPGroup
 
 
@@ -65,7 +66,7 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """``positions [B, S]`` to ``[B, S, D]``."""
-        return F.embedding(positions + self.OFFSET, self.weight.value)
+        return F.embedding(positions, self.weight.value[self.OFFSET :])
 
     def load(self, reader: TensorReader, name: str) -> None:
         """Reads the whole table."""
@@ -177,13 +178,11 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = Weight(-(-vocab_size // tp.shares), dim)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """``token_ids [B, S]`` to ``[B, S, dim]``, good until the next payload; one all-reduce."""
-        if self.tp.shares == 1:
-            return F.embedding(token_ids, self.weight.value)
-        here = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
-        rows = F.embedding(torch.where(here, token_ids - self.rows.start, 0), self.weight.value)
-        payload = self.tp.buffer(rows.shape, rows.dtype)
-        return all_reduce(torch.where(here.unsqueeze(-1), rows, rows.new_zeros(()), out=payload), self.tp)
+        """``token_ids [B, S]`` to this rank's share ``[B, S, dim]`` of the sum of all ranks, which is their
+        embedding; a payload. ``[B, S, dim]`` of tokens that others hold are zeros."""
+        table = self.weight.value
+        payload = self.tp.buffer((*token_ids.shape, table.shape[1]), table.dtype)
+        return embed_rows(token_ids, table, self.rows.start, payload)
 
     def logits(self, x: Tensor) -> Tensor:
         """``x [..., dim]`` to all tokens' logits ``[..., V]``, the same on every rank; one all-gather."""

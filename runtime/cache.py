@@ -80,8 +80,9 @@ class KVCache:
 
     def step(self, num_queries: int, alive: Tensor | None = None) -> "Step":
         """The next ``num_queries`` positions of every sequence, which see all that came before them."""
-        device = self.lengths.device
-        positions = self.lengths[:, None] + torch.arange(num_queries, device=device)
+        positions = self.lengths[:, None]
+        if num_queries > 1:
+            positions = positions + torch.arange(num_queries, device=self.lengths.device)
         return Step(positions, slots=self.keys.shape[3], alive=alive)
 
 

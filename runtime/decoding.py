@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dejavu.kernels.tokens import count_down
 from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.overlap import SideStream
@@ -271,8 +272,7 @@ class Decoder:
             if self.pipeline.is_last:
                 state.tokens.copy_(state.sampler(logits))
             self.pipeline.broadcast_from_last(state.tokens)
-            state.left.sub_(state.alive)
-            state.alive.mul_((state.left > 0) & (state.tokens != state.last))
+            count_down(state.tokens, state.last, state.left, state.alive)
 
     def mean_density(self, policy: Policy, kind: Kind) -> float:
         """What a policy has chosen since it was last asked, the mean over tokens, layers and ranks."""

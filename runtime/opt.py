@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dejavu.kernels.qkv import fill_kv_reference
+from dejavu.kernels.residual_norm import layer_norm
 from dejavu.kernels.sparse_attention import sparse_attention
 from dejavu.kernels.sparse_mlp import sparse_mlp
-from dejavu.parallel.collectives import reduce_residual_norm
+from dejavu.parallel.collectives import all_reduce, reduce_residual_norm
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.layers import (
     ColumnParallelLinear,
@@ -256,11 +257,11 @@ class OPTModel(nn.Module):
         """Token ids and positions ``[B, S]`` to the residual stream ``[B, S, D]``."""
         assert self.embed_tokens is not None and self.embed_positions is not None
         with nvtx_range("embed"):
-            x = self.embed_tokens(token_ids)
+            partial, stream = self.embed_tokens(token_ids), self.embed_positions(positions)
             if self.project_in is not None:
-                x = self.project_in(x)
-            hidden: Tensor = x + self.embed_positions(positions)
-            return hidden
+                hidden: Tensor = self.project_in(all_reduce(partial, self.tp)) + stream
+                return hidden
+            return reduce_residual_norm(partial, stream, None, None, tp=self.tp)[0]
 
     def forward(
         self,
@@ -276,7 +277,7 @@ class OPTModel(nn.Module):
         and sees the ``taps`` that earlier stages have passed.
         """
         pre_norm = self.config.do_layer_norm_before
-        x = self.layers[0].self_attn_layer_norm(residual) if pre_norm else residual
+        x = layer_norm(residual, self.layers[0].self_attn_layer_norm) if pre_norm else residual
         selector.begin(step.positions, step.alive)
         for tap, stream in taps:
             selector.observe(tap, stream)

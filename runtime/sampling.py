@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NO_TOKEN = -1
+from dejavu.kernels.tokens import NO_TOKEN, likeliest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,13 +100,13 @@ class Sampler:
 
         A row that has no finite maximum becomes `NO_TOKEN`: the host will see it, and need not be asked here.
         """
-        top, tokens = logits.max(-1)
+        tokens = likeliest(logits)
         if not self.greedy:
             uniform = self.uniforms.index_select(0, self.step)[0]
             drawn = sample(logits, self.temperature, self.top_k, self.top_p, uniform)
-            tokens = torch.where(self.temperature == 0, tokens, drawn)
+            tokens = torch.where((self.temperature == 0) | (tokens == NO_TOKEN), tokens, drawn)
         self.step.add_(1)
-        return tokens.where(top.isfinite(), NO_TOKEN)
+        return tokens
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:

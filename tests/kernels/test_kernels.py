@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,15 @@ from dejavu.kernels.predict import _compact, _predict, compact_reference, predic
 from dejavu.kernels.residual_norm import _residual_norm, residual_norm_reference
 from dejavu.kernels.sparse_attention import _sparse_attention, sparse_attention_reference
 from dejavu.kernels.sparse_mlp import _sparse_mlp, sparse_mlp_reference
+from dejavu.kernels.tokens import (
+    NO_TOKEN,
+    _count_down,
+    _embed_rows,
+    _likeliest,
+    count_down_reference,
+    embed_rows_reference,
+    likeliest_reference,
+)
 from dejavu.kernels.tuning import override
 from dejavu.kernels.weighted_rows import weighted_rows, weighted_rows_reference
 
@@ -209,6 +219,56 @@ def test_residual_norm(rows, D, dtype, norm):
     assert_near(total, expected[0], dtype)
     if norm != "none":
         assert_near(normed, expected[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows, D", [(1, 37), (17, 100)])
+def test_layer_norm(rows, D, dtype):
+    draw = Draw(D)
+    residual, weight, shift = 3 + 5 * draw.normal(rows, D, dtype=dtype), *draw.normal(2, D, dtype=dtype)
+    normed = torch.full((rows, D), torch.nan, dtype=dtype, device=DEVICE)
+    _residual_norm(None, residual, None, weight, shift, 1e-5, None, normed)
+    expected = F.layer_norm(residual.double(), (D,), weight.double(), shift.double(), 1e-5)
+    assert_near(normed, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("first", [0, 3])
+def test_embed_rows(first, dtype):
+    table, ids = Draw(first).normal(5, 1100, dtype=dtype), torch.tensor([4, 0, 7, 3, 99], device=DEVICE)
+    out, expected = (torch.full((5, 1100), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
+    _embed_rows(ids, table, first, out)
+    embed_rows_reference(ids, table, first, expected)
+    assert torch.equal(out, expected)
+    assert torch.equal(out[0], table[4 - first])
+    assert not out[4].any(), "of a token that another rank holds"
+
+
+def test_likeliest():
+    V = 9000  # more than a program looks at in a go
+    logits = torch.randn(8, V, generator=torch.Generator().manual_seed(0))
+    logits[1, [40, 8200, 8900]] = 9.0  # the first of the largest
+    logits[2, 5] = torch.nan
+    logits[3, 8999] = torch.inf
+    logits[4] = -torch.inf
+    logits[5, 1:] = -torch.inf
+    logits[6, 8500] = 9.0
+    found, expected = (torch.empty(8, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    _likeliest(logits.to(DEVICE), found)
+    likeliest_reference(logits.to(DEVICE), expected)
+    assert torch.equal(found, expected)
+    assert found[1:7].tolist() == [40, NO_TOKEN, NO_TOKEN, NO_TOKEN, 0, 8500]
+
+
+def test_count_down():
+    tokens, last, alive = ([5, 5, 5, NO_TOKEN, 5], [5, 6, 6, NO_TOKEN, 6], [1, 1, 1, 1, 0])
+    left = [9, 9, 1, 9, 0]
+    state = [torch.tensor(x, device=DEVICE) for x in (tokens, last, left, alive)]
+    expected = [x.clone() for x in state]
+    _count_down(*state)
+    count_down_reference(*expected)
+    assert torch.equal(torch.stack(state), torch.stack(expected))
+    assert [x.tolist() for x in state[2:]] == [[8, 8, 0, 8, 0], [0, 1, 0, 0, 0]]
 
 
 def predictor(draw, batch, D, r, n, dtype, residual_dtype):

@@ -7,7 +7,8 @@ from torch.library import opcheck
 import dejavu.kernels.predict
 import dejavu.kernels.residual_norm
 import dejavu.kernels.sparse_attention
-import dejavu.kernels.sparse_mlp  # noqa: F401  (each registers its ops)
+import dejavu.kernels.sparse_mlp
+import dejavu.kernels.tokens  # noqa: F401  (each registers its ops)
 
 
 def arguments(name):
@@ -32,10 +33,17 @@ def arguments(name):
             *(x, down, None, down.sum(1), up, None, bias, threshold, None, ids, count, tally, False, False),
         ),
         "compact": (torch.rand(2, 3) < 0.5, heads, counts),
+        "embed_rows": (positions, torch.randn(3, 8), 2, out[:2]),
+        "likeliest": (x, tally),
+        "count_down": (positions, positions + 1, tally, tally + 1),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["sparse_mlp", "sparse_attention", "residual_norm", "predict", "compact"])
+NAMES = ("sparse_mlp", "sparse_attention", "residual_norm", "predict", "compact", "embed_rows", "likeliest",
+         "count_down")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_op_writes_to_what_it_says_and_traces(name):
     op = getattr(torch.ops.dejavu, name).default
     assert op._schema.is_mutable and not op._schema.returns

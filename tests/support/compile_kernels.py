@@ -4,6 +4,7 @@ Launches are caught and compiled with the types of their arguments instead of be
 """
 
 import os
+import re
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -13,12 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dejavu.kernels import predict, qkv, reduce_residual_norm, sparse_mlp
+from dejavu.kernels import predict, qkv, reduce_residual_norm, residual_norm, sparse_mlp
 from dejavu.kernels.predict import _predict
 from dejavu.kernels.reduce_residual_norm import Inboxes, _reduce_residual_norm
 from dejavu.kernels.residual_norm import _residual_norm
 from dejavu.kernels.sparse_attention import _sparse_attention
 from dejavu.kernels.sparse_mlp import _sparse_mlp
+from dejavu.kernels.tokens import _count_down, _embed_rows, _likeliest
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -31,7 +33,14 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
-READS_WEIGHTS_EARLY = ("_up_kernel", "_reduce_residual_norm_kernel")
+READS_EARLY = (
+    "_up_kernel",
+    "_reduce_residual_norm_kernel",
+    "_residual_norm_kernel",
+    "_fc1_kernel",
+    "_qkv_kernel",
+    "_qkv_all_kernel",
+)
 compiled = {}
 
 
@@ -57,10 +66,12 @@ def compile_launch(kernel, *args, grid, warmup, **kwargs):
 
 
 def check_wait(name, ptx):
-    """Before a kernel that begins early waits, it touches nothing that the one before it may still write."""
-    before, wait, _ = ptx.partition("griddepcontrol.wait")
-    reads = () if name in READS_WEIGHTS_EARLY else ("ld.global", "cp.async")
-    assert wait and not any(access in before for access in ("st.global", "atom.", "red.", *reads)), name
+    """Before a kernel that begins early waits, it writes nothing, and reads only weights and what it reads
+    again: ids, past the first-level cache."""
+    before, wait, after = ptx.partition("griddepcontrol.wait")
+    reads = () if name in READS_EARLY else (r"ld\.global", r"cp\.async")
+    assert wait and not re.search("|".join((r"\bst\.global", r"\batom\.", r"\bred\.", *reads)), before), name
+    assert before.count("ld.global.cg") <= after.count("ld.global.cg"), name
 
 
 def weight(*shape, dtype):
@@ -92,6 +103,8 @@ def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
         means = (None, None) if chosen[0] is None else (mean, base)
         _sparse_attention(x, ring if lazy else None, *qkv, bias, *state, *out_proj, *chosen, *means, out, 3)
     _residual_norm(x, x, base, base, base, 1e-5, out, torch.empty_like(out))
+    _residual_norm(None, x, None, base, base, 1e-5, None, out)
+    _embed_rows(torch.zeros(B, dtype=torch.int64), qkv[0].flatten(0, 2), 3, out)
     if dtype != torch.float32:
         down, up = weight(64, D, dtype=dtype), weight(F, 64, dtype=dtype)
         places = (torch.empty(F, dtype=torch.int32), torch.empty(1, dtype=torch.int32))
@@ -113,11 +126,14 @@ def every_collective(dtype, D, ranks=2, T=3):
 
 if __name__ == "__main__":
     JITFunction.run = compile_launch
-    for module in (predict, qkv, reduce_residual_norm, sparse_mlp):
+    for module in (predict, qkv, reduce_residual_norm, residual_norm, sparse_mlp):
         module.has_pdl = lambda _: True
     for dtype in (torch.float16, torch.bfloat16):
         every_collective(dtype, D=12288)
         every_collective(dtype, D=250, ranks=4)
+    tokens = torch.zeros(4, 3, dtype=torch.int64)
+    _likeliest(torch.zeros(3, 9000), tokens[0])
+    _count_down(*tokens)
     for dtype, wide in (
         (torch.float32, torch.float32),
         (torch.float16, torch.float16),
