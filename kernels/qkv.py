@@ -342,17 +342,13 @@ def _qkv_all_kernel(
     PDL: tl.constexpr,
 ):
     """All heads' rows of Q, K and V for one sequence, a grid-stride loop over blocks of ROWS."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    early = first_weights(weight_ptr + row.to(tl.int64) * D, row < 3 * N * H, D, BLOCK_D)
-    position = tl.load(positions_ptr)
     wait_for_predecessor(PDL)
+    position = tl.load(positions_ptr)
     for first in range(tl.program_id(0) * ROWS, 3 * N * H, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < 3 * N * H
-        further = row + tl.num_programs(0) * ROWS
-        further_early = first_weights(weight_ptr + further.to(tl.int64) * D, further < 3 * N * H, D, BLOCK_D)
-        y = row_products(early, weight_ptr + row.to(tl.int64) * D, inside, x_ptr, D, BLOCK_D)
-        early = further_early
+        row_ptr = weight_ptr + row.to(tl.int64) * D
+        y = row_products(first_weights(row_ptr, inside, D, BLOCK_D), row_ptr, inside, x_ptr, D, BLOCK_D)
         if HAS_SCALE:
             y *= tl.load(scale_ptr + row, mask=inside, other=0.0)
         if HAS_BIAS:

@@ -283,17 +283,20 @@ def _sparse_attention(
     )
 
 
+def _default_attention_settings(pairs: int, device: torch.device) -> Settings:
+    """Sound for any shape: shares enough to occupy every multiprocessor a few times over."""
+    splits = triton.next_power_of_2(triton.cdiv(4 * num_sms(device), pairs))
+    return {"SPLITS": min(splits, 32), "BLOCK_T": 32, "STAGES": 3, "num_warps": 4}
+
+
 def _attention_settings(B: int, N: int, T: int, H: int, dtype: torch.dtype, device: torch.device) -> Settings:
-    """Of one sequence's short cache every 16 slots have a program of one warp, which is a microsecond faster
-    than what is best for a long one; else the table's, which knows one sequence, or shares enough to occupy
-    every multiprocessor a few times over."""
+    """The work is each sequence's own, so the table knows it for one. If that has a short cache, each 16
+    slots get a program of one warp: a microsecond faster than what suits a long one."""
+    chosen = _default_attention_settings(B * N, device)
     if B == 1 and T <= _SHORT:
-        chosen: Settings = {"SPLITS": _SHORT // 16, "BLOCK_T": 16, "STAGES": 1, "num_warps": 1}
-    else:
-        splits = triton.next_power_of_2(triton.cdiv(4 * num_sms(device), B * N))
-        chosen = {"SPLITS": min(splits, 32), "BLOCK_T": 32, "STAGES": 3, "num_warps": 4}
-        if B == 1:
-            chosen = settings("attention", chosen, N, H, dtype, 1, device)
+        chosen = {"SPLITS": _SHORT // 16, "BLOCK_T": 16, "STAGES": 1, "num_warps": 1}
+    elif B == 1:
+        chosen = settings("attention", chosen, N, H, dtype, 1, device)
     used = triton.next_power_of_2(triton.cdiv(T, chosen["BLOCK_T"]))
     return {**chosen, "SPLITS": min(chosen["SPLITS"], used)}
 

@@ -137,9 +137,12 @@ def _fc1_kernel(
     h_ptr += s.to(tl.int64) * T * F
     t = tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
+    # Chosen rows are few, one or none a program: their first weights come while the predecessor runs. Where
+    # each program has several rows, that and loading a block ahead made it slower (OPT-6.7B: 2.5% of a step).
+    AHEAD: tl.constexpr = HAS_IDS and TOKENS == 1
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
-    if TOKENS == 1:
+    if AHEAD:
         early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
     wait_for_predecessor(PDL)
     count = F
@@ -147,7 +150,7 @@ def _fc1_kernel(
         count = tl.load(count_ptr + s, cache_modifier=".cg")
         before, rows = rows, _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
         stale = tl.max((rows != before).to(tl.int32), 0) > 0  # they were of an earlier step
-        if TOKENS == 1 and stale:
+        if AHEAD and stale:
             early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
@@ -159,9 +162,10 @@ def _fc1_kernel(
         if HAS_SCALE:
             scale = tl.load(scale_ptr + rows, mask=chosen, other=0.0)
         if TOKENS == 1:
-            further_early = first_weights(weight_ptr + further.to(tl.int64) * D, further >= 0, D, BLOCK_D)
-            h = row_products(early, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]
-            early = further_early
+            first_of_row = early if AHEAD else first_weights(row_ptr, chosen, D, BLOCK_D)
+            if AHEAD:
+                early = first_weights(weight_ptr + further.to(tl.int64) * D, further >= 0, D, BLOCK_D)
+            h = row_products(first_of_row, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]
         else:
             h = tl.zeros([ROWS, TOKENS], tl.float32)
             for d in tl.range(0, D, BLOCK_D):

@@ -1,7 +1,8 @@
 """Renews the table of launch settings (`dejavu.kernels.tuning`) for the GPU it runs on.
 
-One kernel of an operation after the other: every candidate is timed inside the whole operation, and the one
-with the smallest product of times over the densities stays. Many processes compile the candidates first.
+One kernel of an operation after the other: every candidate is timed inside the whole operation, which of one
+token comes behind a norm, as in a model: fc1 and QKV begin while that runs. The one with the smallest product
+of times over the densities stays. Many processes compile the candidates first.
 """
 
 import json
@@ -10,12 +11,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 
 import torch
 from triton.runtime.errors import OutOfResources
 
+from dejavu.kernels.residual_norm import residual_norm
 from dejavu.kernels.tuning import CROSSOVERS, TABLE, Settings, device_key, forget, override, shape_key
 from dejavu.profiles.kernel_bench import DTYPES, AttentionCase, Bench, Local, MLPCase, PredictorCase, Row
 from dejavu.profiles.records import write_file
@@ -29,8 +32,9 @@ _WAYS: dict[str, tuple[str, ...]] = {
 _FC1, _SUMS = ("ROWS", "BLOCK_D", "num_warps"), ("ROWS", "BLOCK_D", "num_warps", "STAGES")
 _QKV, _TOKENS = ("ROWS", "BLOCK_D", "num_warps", "num_stages"), ("BLOCK_T", "STAGES", "num_warps")
 _SUMS_16 = ((8, 512, 4, 3), (8, 512, 4, 5), (16, 512, 4, 3), (16, 256, 4, 3), (32, 128, 4, 5))
+_SUMS_OUT = (*_SUMS_16, (64, 64, 4, 3))
 _SUMS_8 = ((16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3), (16, 512, 4, 4))
-_FC1_16 = ((2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 4), (1, 4096, 4))
+_FC1_16 = ((2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 4), (1, 4096, 4), (1, 8192, 4), (1, 16384, 4))
 _FC1_8 = ((2, 1024, 4), (4, 1024, 4), (2, 2048, 4), (4, 2048, 4), (2, 2048, 8), (4, 2048, 8))
 _QKV_16 = ((64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 2, 4))
 # Of several tokens: tensor cores, so 16 rows and more.
@@ -51,7 +55,7 @@ _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...]
     ("fc1", 1): (_FC1, _FC1_8, "PROGRAMS", (4, 16)),
     ("fc2", 2): (_SUMS, _SUMS_16, "SPLITS", (8, 11, 16, 22, 33)),  # also divisors of 132 SMs and of 264
     ("fc2", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
-    ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (4, 8, 11, 16, 22)),
+    ("out_proj", 2): (_SUMS, _SUMS_OUT, "SPLITS", (1, 4, 8, 11, 16)),
     ("out_proj", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
     ("qkv", 2): (_QKV, _QKV_16, "SPLITS", (4, 8, 16)),
     ("attention", 2): (_TOKENS, ((16, 2, 2), (32, 2, 4), (64, 2, 4)), "SPLITS", (8, 16, 32)),
@@ -107,6 +111,11 @@ def tune(
     done = 0
     for job in jobs:
         of_all, of_chosen = _graphs(op, *job, batch, bench.device)
+        if batch == 1 and op != "predictor":
+            norm = _norm(job[0].sizes[0], bench.device)
+            of_all, of_chosen = (
+                [[c for call in g for c in (norm, call)] for g in gs] for gs in (of_all, of_chosen)
+            )
         for kernel in kernels:
             graphs = _of_kernel(kernel, batch, of_all, of_chosen)
             scored: list[tuple[float, int, Settings]] = []
@@ -199,6 +208,12 @@ def _graphs(
         cases = [AttentionCase(local, weights, device, density, batch) for density in (0.5, 0.25)]
         return [cases[0].dense_calls()], [case.calls() for case in cases]
     return [], [PredictorCase(local, weights, device, rank, batch).calls()]
+
+
+def _norm(D: int, device: torch.device) -> Call:
+    """What comes before an operation."""
+    x, norm = torch.randn(2, 1, 1, D, device=device, dtype=torch.bfloat16), torch.nn.LayerNorm(D)
+    return partial(residual_norm, x[0], x[1], None, norm.to(device, torch.bfloat16))
 
 
 def _of_kernel(

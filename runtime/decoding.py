@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.kernels.tokens import count_down
+from dejavu.kernels.tokens import NO_TOKEN, count_down
 from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.overlap import SideStream
@@ -22,7 +22,7 @@ from dejavu.profiles.nvtx import nvtx_range
 from dejavu.runtime.cache import LAZY_BATCH, KVCache, Step
 from dejavu.runtime.graphs import StepGraph, bucket
 from dejavu.runtime.opt import OPTModel
-from dejavu.runtime.sampling import NO_TOKEN, Sampler, SamplingParams
+from dejavu.runtime.sampling import Sampler, SamplingParams
 
 FillKV = Literal["auto", "lazy", "always"]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dejavu.kernels.tokens import NO_TOKEN
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.parallel.pipeline import Pipeline, init_pipeline
 from dejavu.parallel.routes import reserve
@@ -20,7 +21,7 @@ from dejavu.runtime.graphs import MAX_BATCH, TokenMail
 from dejavu.runtime.loading import OnLoad, load_model
 from dejavu.runtime.opt import OPTModel
 from dejavu.runtime.request import Request, Result
-from dejavu.runtime.sampling import NO_TOKEN, SamplingParams
+from dejavu.runtime.sampling import SamplingParams
 from dejavu.runtime.sparsity import DENSE, load_policy
 from dejavu.runtime.text import TextStream
 from dejavu.runtime.weights import find_model

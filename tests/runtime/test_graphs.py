@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dejavu.kernels.tokens import NO_TOKEN
 from dejavu.parallel.watchdog import PeerLostError
 from dejavu.predictors.selection import Policy
 from dejavu.runtime import decoding, graphs
 from dejavu.runtime import engine as engine_module
 from dejavu.runtime.engine import Engine
 from dejavu.runtime.graphs import MAX_BATCH, TokenMail, bucket
-from dejavu.runtime.sampling import NO_TOKEN, SamplingParams
+from dejavu.runtime.sampling import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

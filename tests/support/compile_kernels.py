@@ -39,7 +39,6 @@ READS_EARLY = (
     "_residual_norm_kernel",
     "_fc1_kernel",
     "_qkv_kernel",
-    "_qkv_all_kernel",
 )
 compiled = {}
 
