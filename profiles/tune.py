@@ -114,7 +114,7 @@ def tune(
         if batch == 1 and op != "predictor":
             norm = _norm(job[0].sizes[0], bench.device)
             of_all, of_chosen = (
-                [[c for call in g for c in (norm, call)] for g in gs] for gs in (of_all, of_chosen)
+                [[c for call in g for c in (call, norm)] for g in gs] for gs in (of_all, of_chosen)
             )
         for kernel in kernels:
             graphs = _of_kernel(kernel, batch, of_all, of_chosen)
