@@ -76,9 +76,10 @@ def row_products(early, row_ptr, chosen, x_ptr, D: tl.constexpr, BLOCK_D: tl.con
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
     """With programmatic dependent launch a kernel starts while its predecessor on the stream still runs, once
-    every program of that has come here; and here it waits until that is complete. Before, a program may read
-    weights, and what kernels before the predecessor have written, and write nothing. What it waits for may
-    also be on another stream: a predictor. Ids that are read before are to be looked at again."""
+    every program of that has come here or has ended; and here it waits until that is complete, and so is what
+    else it depends on (a predictor on another stream). Before, a program may read weights and write nothing:
+    what others have written it may not see even if they have ended, so ids are read again. (On H200 QKV read
+    what a copy right before it had not yet written.)"""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

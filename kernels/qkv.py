@@ -100,13 +100,12 @@ def chosen_mask(ids: Tensor, count: Tensor, n: int) -> Tensor:
 
 @triton.jit
 def is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether each sequence of ``b [X]`` has chosen ``head``: ``int32[X]``, 0 where not ``real``. Past the
-    first-level cache: ids may be read before they are written, and then again."""
+    """Whether each sequence of ``b [X]`` has chosen ``head``: ``int32[X]``, 0 where not ``real``."""
     if HAS_IDS:
         i = tl.arange(0, BLOCK_N)
         there = real[:, None] & (i < N)[None, :]
-        count = tl.load(count_ptr + b, mask=real, other=0, cache_modifier=".cg")
-        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1, cache_modifier=".cg")
+        count = tl.load(count_ptr + b, mask=real, other=0)
+        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1)  # not after the count
         named = there & (i[None, :] < count[:, None])
         chosen = tl.sum(((ids == head) & named).to(tl.int32), 1)
     else:
@@ -283,6 +282,7 @@ def _qkv_kernel(
 ):
     """A block of one head's rows of Q, K and V over a part of D: for FEW columns, which is enough but for a
     head that has long been left out, or for MANY; see `_qkv_block`. Keeps ``x`` in the ring, too."""
+    wait_for_predecessor(PDL)
     blocks = tl.cdiv(3 * H, ROWS)
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b = tl.arange(0, SEQUENCES)
@@ -290,11 +290,6 @@ def _qkv_kernel(
     position = tl.load(positions_ptr + b, mask=real, other=0)
     chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
     missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
-    wait_for_predecessor(PDL)
-    if HAS_IDS:
-        before, chosen = chosen, is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
-        if tl.max((chosen != before).to(tl.int32), 0) > 0:  # those were of an earlier step
-            missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
     program = tl.program_id(0) * SPLITS + tl.program_id(1)
     if LAZY:  # nobody reads this step's slot of the ring in this launch; all of it by one took it 10 us
         PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D

@@ -138,20 +138,21 @@ def _fc1_kernel(
     t = tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
     # Chosen rows are few, one or none a program: their first weights come while the predecessor runs. Where
-    # each program has several rows, that and loading a block ahead made it slower (OPT-6.7B: 2.5% of a step).
+    # each program has several rows, that and loading a block ahead made it slower (OPT-6.7B: 2% of a step).
     AHEAD: tl.constexpr = HAS_IDS and TOKENS == 1
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if AHEAD:
+        before = _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
+        early = first_weights(weight_ptr + before.to(tl.int64) * D, before >= 0, D, BLOCK_D)
+    wait_for_predecessor(PDL)
     rows = _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
     if AHEAD:
-        early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
-    wait_for_predecessor(PDL)
+        were_others = tl.max((rows != before).to(tl.int32), 0) > 0
+        if were_others:
+            early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
     count = F
     if HAS_IDS:
         count = tl.load(count_ptr + s, cache_modifier=".cg")
-        before, rows = rows, _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
-        stale = tl.max((rows != before).to(tl.int32), 0) > 0  # they were of an earlier step
-        if AHEAD and stale:
-            early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
         chosen = k < count

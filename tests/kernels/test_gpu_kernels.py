@@ -61,6 +61,23 @@ def test_mlp(D, ffn, N, H, weights, batch, record_property):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
+def test_ids_that_the_kernel_right_before_writes(batch):
+    D, ffn = 4096, 16384
+    fc1, fc2 = (random_weight((ffn, D), torch.bfloat16, CUDA) for _ in range(2))
+    x = torch.randn(batch, 1, D, device=CUDA, dtype=torch.bfloat16)
+    sets = [random_ids(1, ffn, chosen, CUDA) for chosen in (ffn // 10, ffn // 3, 5)]
+    expected = []
+    for ids, count in sets:
+        torch.cuda.synchronize()
+        expected.append(sparse_mlp(x, *fc1, None, *fc2, ids[0], count))
+    ids, count = torch.full_like(sets[0][0], 2**30), torch.full_like(sets[0][1], -1)
+    for i in [0, 1, 2] * 20:
+        count.copy_(sets[i][1])
+        ids.copy_(sets[i][0])
+        assert torch.equal(sparse_mlp(x, *fc1, None, *fc2, ids[0], count), expected[i])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("D, ffn, N, H", SHAPES)
 def test_attention(D, ffn, N, H, batch, record_property):
     T, W = 1937, 64

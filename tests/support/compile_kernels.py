@@ -38,7 +38,6 @@ READS_EARLY = (
     "_reduce_residual_norm_kernel",
     "_residual_norm_kernel",
     "_fc1_kernel",
-    "_qkv_kernel",
 )
 compiled = {}
 
