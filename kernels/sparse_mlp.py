@@ -92,16 +92,11 @@ def _scaled(weight: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS: tl.constexpr):
-    """The rows of fc1 that the entries ``k`` of set s name; -1 past their number. Past the first-level cache:
-    ids may be read before they are written, and then again."""
-    rows = tl.where(k < F, k, -1)
-    if HAS_IDS:
-        count = tl.load(count_ptr + s, cache_modifier=".cg")
-        there = k < tl.minimum(count, F)
-        rows = tl.load(ids_ptr + s.to(tl.int64) * F + k, mask=there, other=-1, cache_modifier=".cg")
-        rows = tl.where(rows < F, rows, -1)
-    return rows
+def _named(ids_ptr, count, k, F):
+    """The rows that the entries ``k`` name; negative past the count. Past the first-level cache and in bounds
+    whatever lies there: ids may be read before they are written, and then again."""
+    ids = tl.load(ids_ptr + k, mask=k < tl.minimum(count, F), other=-1, cache_modifier=".cg")
+    return tl.where(ids < F, ids, -1)
 
 
 @triton.jit(do_not_specialize=["T", "F"])
@@ -140,33 +135,38 @@ def _fc1_kernel(
     # Chosen rows are few, one or none a program: their first weights come while the predecessor runs. Where
     # each program has several rows, that and loading a block ahead made it slower (OPT-6.7B: 2% of a step).
     AHEAD: tl.constexpr = HAS_IDS and TOKENS == 1
+    count = F
+    if HAS_IDS:
+        ids_ptr += s.to(tl.int64) * F
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if AHEAD:
-        before = _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
+        before = _named(ids_ptr, tl.load(count_ptr + s, cache_modifier=".cg"), k, F)
         early = first_weights(weight_ptr + before.to(tl.int64) * D, before >= 0, D, BLOCK_D)
     wait_for_predecessor(PDL)
-    rows = _rows(ids_ptr, count_ptr, s, k, F, HAS_IDS)
+    if HAS_IDS:
+        count = tl.load(count_ptr + s, cache_modifier=".cg")
     if AHEAD:
+        rows = _named(ids_ptr, count, k, F)
         were_others = tl.max((rows != before).to(tl.int32), 0) > 0
         if were_others:
             early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
-    count = F
-    if HAS_IDS:
-        count = tl.load(count_ptr + s, cache_modifier=".cg")
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
+        if not AHEAD:
+            rows = tl.load(ids_ptr + k, mask=chosen, other=0) if HAS_IDS else k
         row_ptr = weight_ptr + rows.to(tl.int64) * D
-        further = _rows(ids_ptr, count_ptr, s, k + tl.num_programs(0) * ROWS, F, HAS_IDS)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + rows, mask=chosen, other=0.0).to(tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + rows, mask=chosen, other=0.0)
         if TOKENS == 1:
-            first_of_row = early if AHEAD else first_weights(row_ptr, chosen, D, BLOCK_D)
             if AHEAD:
-                early = first_weights(weight_ptr + further.to(tl.int64) * D, further >= 0, D, BLOCK_D)
-            h = row_products(first_of_row, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]
+                own, rows = early, _named(ids_ptr, count, k + tl.num_programs(0) * ROWS, F)
+                early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+            else:
+                own = first_weights(row_ptr, chosen, D, BLOCK_D)
+            h = row_products(own, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]
         else:
             h = tl.zeros([ROWS, TOKENS], tl.float32)
             for d in tl.range(0, D, BLOCK_D):
@@ -192,7 +192,6 @@ def _fc1_kernel(
             live = tl.max((h != 0).to(tl.int32), 1)
             tl.store(live_ptr + k, live.to(tl.int8), mask=chosen)
             tl.store(sizes_ptr + first // ROWS, tl.sum(tl.where(chosen, live, 0), 0))
-        rows = further
 
 
 def _sparse_mlp(

@@ -106,7 +106,7 @@ def embed_rows(token_ids: Tensor, table: Tensor, first: int, out: Tensor) -> Ten
         table: ``[R, D]``.
         out: ``[..., D]``, contiguous; written.
     """
-    assert table.is_contiguous() and out.is_contiguous()
+    assert table.is_contiguous() and out.is_contiguous() and out.dtype == table.dtype
     _embed_rows_op(token_ids.flatten(), table, first, out.view(-1, table.shape[1]))
     return out
 
@@ -114,6 +114,7 @@ def embed_rows(token_ids: Tensor, table: Tensor, first: int, out: Tensor) -> Ten
 def likeliest(logits: Tensor) -> Tensor:
     """``logits fp32[B, V]`` to the first of each row's largest, ``int64[B]``; `NO_TOKEN` where that is not
     finite, or something is not a number."""
+    assert logits.dtype == torch.float32
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     _likeliest_op(logits.contiguous(), tokens)
     return tokens
@@ -122,4 +123,5 @@ def likeliest(logits: Tensor) -> Tensor:
 def count_down(tokens: Tensor, last: Tensor, left: Tensor, alive: Tensor) -> None:
     """Who goes on after ``tokens``: all that are ``alive`` have one less ``left``, and go on if that leaves
     some and the token is not their ``last``. All ``int64[B]``, contiguous; the latter two are written."""
+    assert all(x.dtype == torch.int64 and x.is_contiguous() for x in (tokens, last, left, alive))
     _count_down_op(tokens, last, left, alive)

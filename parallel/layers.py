@@ -178,8 +178,8 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = Weight(-(-vocab_size // tp.shares), dim)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """``token_ids [B, S]`` to this rank's share ``[B, S, dim]`` of the sum of all ranks, which is their
-        embedding; a payload. ``[B, S, dim]`` of tokens that others hold are zeros."""
+        """``token_ids [B, S]`` to ``[B, S, dim]``: the rows that this rank holds, zeros for those of others;
+        summed over the ranks, the embedding. A payload, good until the next."""
         table = self.weight.value
         payload = self.tp.buffer((*token_ids.shape, table.shape[1]), table.dtype)
         return embed_rows(token_ids, table, self.rows.start, payload)

@@ -211,7 +211,7 @@ def _graphs(
 
 
 def _norm(D: int, device: torch.device) -> Call:
-    """What comes before an operation."""
+    """What comes between two calls of an operation."""
     x, norm = torch.randn(2, 1, 1, D, device=device, dtype=torch.bfloat16), torch.nn.LayerNorm(D)
     return partial(residual_norm, x[0], x[1], None, norm.to(device, torch.bfloat16))
 
