@@ -105,9 +105,8 @@ def is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOCK
         i = tl.arange(0, BLOCK_N)
         there = real[:, None] & (i < N)[None, :]
         count = tl.load(count_ptr + b, mask=real, other=0)
-        ids = tl.load(
-            ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1
-        )  # without waiting for the count
+        # not masked by the count, which would have to be there first
+        ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1)
         named = there & (i[None, :] < count[:, None])
         chosen = tl.sum(((ids == head) & named).to(tl.int32), 1)
     else:

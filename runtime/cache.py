@@ -91,9 +91,9 @@ class Step:
     """Where the queries of one forward pass stand; made once, read by every layer.
 
     ``positions [B, S]``, of one query a view of the cache's lengths, to be read before they advance;
-    ``slots`` of the cache, whose earlier ones the queries see; ``alive [B]``, 0 for finished sequences. Without
-    slots the cache is empty and the queries see each other causally: a shorter prompt's padding comes after
-    it, so that nothing of it is ever seen.
+    ``slots`` of the cache, whose earlier ones the queries see; ``alive [B]``, 0 for finished sequences.
+    Without slots the cache is empty and the queries see each other causally: a shorter prompt's padding comes
+    after it, so that nothing of it is ever seen.
     """
 
     positions: Tensor
