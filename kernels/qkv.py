@@ -302,12 +302,14 @@ def _qkv_kernel(
     needed = tl.max(tl.maximum(missing, chosen.to(tl.int64)), 0)
     if (block + 1) * ROWS <= H:
         needed = tl.minimum(needed, tl.max(chosen, 0).to(tl.int64))  # queries are of this step only
+    # many columns fill shared memory with inputs: a part of D at a time that leaves it to FEW's weights
+    AT_A_TIME: tl.constexpr = min(BLOCK_D, 128)
     if needed > FEW // SEQUENCES:
         for first in range(0, needed, MANY // SEQUENCES):
             _qkv_block(
                 first, position, chosen, missing, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr,
                 keys_ptr, values_ptr, partial_ptr, arrived_ptr, N, T, W, D, H, HAS_SCALE, HAS_BIAS, LAZY,
-                SEQUENCES, MANY, MANY, SPLITS, ROWS, BLOCK_D,
+                SEQUENCES, MANY, MANY, SPLITS, ROWS, AT_A_TIME,
             )  # fmt: skip
     elif needed > 0:
         _qkv_block(
