@@ -103,11 +103,10 @@ def is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS: tl.constexpr, BLOCK
     """Whether each sequence of ``b [X]`` has chosen ``head``: ``int32[X]``, 0 where not ``real``."""
     if HAS_IDS:
         i = tl.arange(0, BLOCK_N)
-        there = real[:, None] & (i < N)[None, :]
         count = tl.load(count_ptr + b, mask=real, other=0)
-        # not masked by the count, which would have to be there first
+        there = real[:, None] & (i < N)[None, :]  # without waiting for the count
         ids = tl.load(ids_ptr + b[:, None] * N + i[None, :], mask=there, other=-1)
-        named = there & (i[None, :] < count[:, None])
+        named = i[None, :] < count[:, None]
         chosen = tl.sum(((ids == head) & named).to(tl.int32), 1)
     else:
         chosen = real.to(tl.int32)

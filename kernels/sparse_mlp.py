@@ -135,7 +135,6 @@ def _fc1_kernel(
     # Chosen rows are few, one or none a program: their first weights come while the predecessor runs. Where
     # each program has several rows, that and loading a block ahead made it slower (OPT-6.7B: 2% of a step).
     AHEAD: tl.constexpr = HAS_IDS and TOKENS == 1
-    count = F
     if HAS_IDS:
         ids_ptr += s.to(tl.int64) * F
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -143,6 +142,7 @@ def _fc1_kernel(
         before = _named(ids_ptr, tl.load(count_ptr + s, cache_modifier=".cg"), k, F)
         early = first_weights(weight_ptr + before.to(tl.int64) * D, before >= 0, D, BLOCK_D)
     wait_for_predecessor(PDL)
+    count = F
     if HAS_IDS:
         count = tl.load(count_ptr + s, cache_modifier=".cg")
     if AHEAD:

@@ -83,9 +83,9 @@ def _count_down_kernel(tokens_ptr, last_ptr, left_ptr, alive_ptr, B, BLOCK: tl.c
     inside = b < B
     alive = tl.load(alive_ptr + b, mask=inside, other=0)
     left = tl.load(left_ptr + b, mask=inside, other=0) - alive
-    at_end = tl.load(tokens_ptr + b, mask=inside, other=0) == tl.load(last_ptr + b, mask=inside, other=0)
+    goes_on = tl.load(tokens_ptr + b, mask=inside, other=0) != tl.load(last_ptr + b, mask=inside, other=0)
     tl.store(left_ptr + b, left, mask=inside)
-    tl.store(alive_ptr + b, tl.where((left > 0) & (at_end == 0), alive, 0), mask=inside)
+    tl.store(alive_ptr + b, tl.where((left > 0) & goes_on, alive, 0), mask=inside)
 
 
 def _count_down(tokens: Tensor, last: Tensor, left: Tensor, alive: Tensor) -> None:
