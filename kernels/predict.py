@@ -58,12 +58,41 @@ def predict_reference(
     beside: bool = False,
 ) -> None:
     """See `predict`."""
+    hidden = standardise(residual).new_empty(len(residual), len(down))
+    first_layer_reference(residual, down, down_scale, down_sums, hidden, relu)
+    second_layer_reference(hidden, up, up_scale, bias, threshold, alive, ids, count, tally)
+
+
+def first_layer_reference(
+    residual: Tensor,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_sums: Tensor,
+    hidden: Tensor,
+    relu: bool,
+    beside: bool = False,
+) -> None:
+    """See `first_layer`."""
     z = standardise(residual)
-    down, up = (
-        w.to(z.dtype) if s is None else w.to(z.dtype) * s for w, s in ((down, down_scale), (up, up_scale))
-    )
-    hidden = F.linear(z, down)
-    mask = F.linear(F.relu(hidden) if relu else hidden, up, bias.to(z.dtype)) > threshold
+    product = F.linear(z, _scaled(down, down_scale, z.dtype))
+    hidden.copy_(F.relu(product) if relu else product)
+
+
+def second_layer_reference(
+    hidden: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    bias: Tensor,
+    threshold: Tensor,
+    alive: Tensor | None,
+    ids: Tensor,
+    count: Tensor,
+    tally: Tensor,
+    beside: bool = False,
+) -> None:
+    """See `second_layer`."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    mask = F.linear(hidden, _scaled(up, up_scale, hidden.dtype), bias.to(hidden.dtype)) > threshold
     if alive is not None:
         mask = mask & alive.bool()[:, None]
     compact_reference(mask.any(0, keepdim=True) if ids.dim() == 1 else mask, ids, count)
@@ -74,6 +103,10 @@ def predict_reference(
         tally[1] += alive.any() if ids.dim() == 1 else alive.sum()
 
 
+def _scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if scale is None else weight.to(dtype) * scale
+
+
 def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     """``mask bool[S, n]`` to the ids of its True entries, ascending, and their number; see `compact`."""
     # a stable sort of "not chosen" puts the chosen first and keeps their order
@@ -82,7 +115,7 @@ def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     count.copy_(mask.sum(-1))
 
 
-@triton.jit(do_not_specialize=["T", "R"])
+@triton.jit(do_not_specialize=["T", "R", "stride"])
 def _down_kernel(
     x_ptr,
     weight_ptr,
@@ -91,6 +124,7 @@ def _down_kernel(
     hidden_ptr,
     T,
     R,
+    stride,
     eps,
     D: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -147,7 +181,9 @@ def _down_kernel(
         h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(variance + eps)[None, :]
         if RELU:
             h = tl.where(h < 0, 0.0, h)
-        tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
+        tl.store(
+            hidden_ptr + t[None, :] * stride + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :]
+        )
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -295,27 +331,32 @@ def _predict(
     beside: bool,
 ) -> None:
     """Launches the two layers and the compaction."""
-    # several tokens are multiplied by tensor cores, which take both sides in 16 bits (8-bit weights fit them)
-    narrow = torch.float16 if up.dtype.itemsize == 1 else up.dtype
-    hidden_dtype = torch.float32 if len(residual) == 1 else narrow
-    hidden = launch_down(residual, down, down_scale, down_sums, hidden_dtype, relu=relu, beside=beside)
-    launch_up(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside=beside)
+    hidden = torch.empty(
+        len(residual), len(down), dtype=hidden_dtype(len(residual), up.dtype), device=residual.device
+    )
+    _first_layer(residual, down, down_scale, down_sums, hidden, relu, beside)
+    _second_layer(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside)
 
 
-def launch_down(
+def hidden_dtype(batch: int, up: torch.dtype) -> torch.dtype:
+    """Of what lies between the layers: several sequences are multiplied by tensor cores, which take both
+    sides in 16 bits (8-bit weights fit them)."""
+    if batch == 1:
+        return torch.float32
+    return torch.float16 if up.itemsize == 1 else up
+
+
+def _first_layer(
     residual: Tensor,
     down: Tensor,
     down_scale: Tensor | None,
     down_sums: Tensor,
-    dtype: torch.dtype = torch.float32,
-    *,
-    relu: bool = False,
-    beside: bool = False,
-) -> Tensor:
-    """The first layer: ``[B, r]``. See `predict`."""
+    hidden: Tensor,
+    relu: bool,
+    beside: bool,
+) -> None:
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
-    hidden = torch.empty(B, r, dtype=dtype, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
     if beside and B == 1:
         chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
@@ -328,6 +369,7 @@ def launch_down(
         hidden,
         B,
         r,
+        hidden.stride(0),
         _EPS,
         D=D,
         HAS_SCALE=down_scale is not None,
@@ -338,10 +380,9 @@ def launch_down(
     )
     if beside:
         runs_beside(kernel)
-    return hidden
 
 
-def launch_up(
+def _second_layer(
     hidden: Tensor,
     up: Tensor,
     up_scale: Tensor | None,
@@ -351,10 +392,8 @@ def launch_up(
     ids: Tensor,
     count: Tensor,
     tally: Tensor,
-    *,
-    beside: bool = False,
+    beside: bool,
 ) -> None:
-    """The second layer, from ``hidden [B, r]``, and the compaction. See `predict`."""
     B, (n, r), device = len(hidden), up.shape, hidden.device
     tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
     blocks, pdl = triton.cdiv(B, tokens), _overlaps(device, beside)
@@ -470,6 +509,11 @@ def _default_up_settings(r: int, batch: int) -> Settings:
 
 
 _op = register("predict", cuda=_predict, cpu=predict_reference, mutates={"ids", "count", "tally"})
+# The two layers apart, with ``hidden [B, r]`` between them, rows of which may lie apart; see `predict`.
+first_layer = register("first_layer", cuda=_first_layer, cpu=first_layer_reference, mutates={"hidden"})
+second_layer = register(
+    "second_layer", cuda=_second_layer, cpu=second_layer_reference, mutates={"ids", "count", "tally"}
+)
 _compact_op = register("compact", cuda=_compact, cpu=compact_reference, mutates={"ids", "count"})
 
 
