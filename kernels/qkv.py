@@ -129,15 +129,19 @@ def count_missing(
 
 
 @triton.jit
-def _needs(ids_ptr, count_ptr, filled_to_ptr, position, heads, layer, N, W, SPREAD: tl.constexpr):
-    """Whether each of ``heads [X]`` is chosen by the one sequence there is, or overdue: ``int32[X]``."""
-    inside = heads < N
-    ids = tl.load(ids_ptr + heads, mask=inside, other=-1)
-    ids = tl.where(heads < tl.load(count_ptr), ids, -1)
-    chosen = tl.sum((ids[:, None] == heads[None, :]).to(tl.int32), 0)
-    missing = position + 1 - tl.load(filled_to_ptr + heads, mask=inside, other=0)
-    overdue = missing >= W - (heads + layer) % SPREAD
-    return (inside & (overdue | (chosen > 0))).to(tl.int32)
+def _overdue(filled_to_ptr, position, heads, layer, N, W, SPREAD: tl.constexpr):
+    """Whether the ring will soon overflow for each of ``heads [X]`` of the one sequence there is."""
+    missing = position + 1 - tl.load(filled_to_ptr + heads, mask=heads < N, other=0)
+    return ((heads < N) & (missing >= W - (heads + layer) % SPREAD)).to(tl.int32)
+
+
+@triton.jit
+def _needs(ids_ptr, count, overdue, heads):
+    """Whether each of ``heads [X]`` is overdue, or chosen by the one sequence there is: ``int32[X]``."""
+    needs = overdue
+    for i in range(count):  # rare, and a comparison of all with all would take everyone's registers
+        needs = tl.where(heads == tl.load(ids_ptr + i), 1, needs)
+    return needs
 
 
 @triton.jit
@@ -301,10 +305,18 @@ def _qkv_kernel(
     b = tl.arange(0, SEQUENCES)
     real = b < B
     position = tl.load(positions_ptr + b, mask=real, other=0)
+    # One sequence names its heads, and none else is needed but one that is overdue, which is rare; several
+    # sequences need nearly all heads between them.
+    ONE: tl.constexpr = LAZY and HAS_IDS and SEQUENCES == 1
     heads = tl.arange(0, BLOCK_N)
     needs = (heads < N).to(tl.int32)
-    if LAZY and HAS_IDS and SEQUENCES == 1:  # several sequences need nearly all heads between them
-        needs = _needs(ids_ptr, count_ptr, filled_to_ptr, position, heads, layer, N, W, SPREAD)
+    last, others = N, True
+    if ONE:
+        overdue = _overdue(filled_to_ptr, position, heads, layer, N, W, SPREAD)
+        last, others = tl.load(count_ptr), tl.max(overdue, 0) > 0
+        if others:
+            needs = _needs(ids_ptr, last, overdue, heads)
+            last = tl.sum(needs, 0)
     place = tl.cumsum(needs, 0) - 1
     if LAZY:  # nobody reads this step's slot of the ring in this launch; all of it by one took it 10 us
         PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -316,10 +328,14 @@ def _qkv_kernel(
     # many columns fill shared memory with inputs: a part of D at a time that leaves it to FEW's weights
     AT_A_TIME: tl.constexpr = min(BLOCK_D, 64)
     BLOCKS: tl.constexpr = (3 * H + ROWS - 1) // ROWS
-    for i in range(tl.program_id(0), tl.sum(needs, 0) * BLOCKS * SPLITS, tl.num_programs(0)):
+    for i in range(tl.program_id(0), last * BLOCKS * SPLITS, tl.num_programs(0)):
         nth, block, split = i // (BLOCKS * SPLITS), i // SPLITS % BLOCKS, i % SPLITS
-        head = tl.sum(tl.where((needs > 0) & (place == nth), heads, 0), 0)
-        chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
+        if others:
+            head = tl.sum(tl.where((needs > 0) & (place == nth), heads, 0), 0)
+            chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
+        else:
+            head = tl.load(ids_ptr + nth)
+            chosen = real.to(tl.int32)
         missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
         needed = tl.max(tl.maximum(missing, chosen.to(tl.int64)), 0)
         if (block + 1) * ROWS <= H:

@@ -92,11 +92,13 @@ def _scaled(weight: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
 
 
 @triton.jit
-def _named(ids_ptr, count, k, F):
-    """The rows that the entries ``k`` name; negative past the count. Past the first-level cache and in bounds
-    whatever lies there: ids may be read before they are written, and then again."""
-    ids = tl.load(ids_ptr + k, mask=k < tl.minimum(count, F), other=-1, cache_modifier=".cg")
-    return tl.where(ids < F, ids, -1)
+def _named(ids_ptr, count_ptr, k, F):
+    """The row that the entry ``k`` names; negative past the count. In bounds whatever lies there, and past
+    the first-level cache: it may be read before it is written, and then again. A scalar: a block of them the
+    compiler may load once for the weights and once to compare, with other ids written in between."""
+    count = tl.minimum(tl.load(count_ptr, volatile=True), F)
+    row = tl.load(ids_ptr + k, mask=k < count, other=-1, volatile=True)
+    return tl.where(row < F, row, -1)
 
 
 @triton.jit(do_not_specialize=["T", "F"])
@@ -135,21 +137,26 @@ def _fc1_kernel(
     # Chosen rows are few, one or none a program: their first weights come while the predecessor runs. Where
     # each program has several rows, that and loading a block ahead made it slower (OPT-6.7B: 2% of a step).
     AHEAD: tl.constexpr = HAS_IDS and TOKENS == 1
+    EARLY: tl.constexpr = AHEAD and ROWS == 1
     if HAS_IDS:
         ids_ptr += s.to(tl.int64) * F
-    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if AHEAD:
-        before = _named(ids_ptr, tl.load(count_ptr + s, cache_modifier=".cg"), k, F)
-        early = first_weights(weight_ptr + before.to(tl.int64) * D, before >= 0, D, BLOCK_D)
+    if EARLY:
+        before = _named(ids_ptr, count_ptr + s, tl.program_id(0), F)
+        rows = tl.full([ROWS], before, tl.int32)
+        early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
     wait_for_predecessor(PDL)
     count = F
     if HAS_IDS:
-        count = tl.load(count_ptr + s, cache_modifier=".cg")
-    if AHEAD:
-        rows = _named(ids_ptr, count, k, F)
-        were_others = tl.max((rows != before).to(tl.int32), 0) > 0
-        if were_others:
+        count = tl.load(count_ptr + s)
+    if EARLY:
+        now = _named(ids_ptr, count_ptr + s, tl.program_id(0), F)
+        if now != before:
+            rows = tl.full([ROWS], now, tl.int32)
             early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+    elif AHEAD:
+        k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        rows = tl.load(ids_ptr + k, mask=k < count, other=-1)
+        early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
@@ -162,11 +169,12 @@ def _fc1_kernel(
             scale = tl.load(scale_ptr + rows, mask=chosen, other=0.0)
         if TOKENS == 1:
             if AHEAD:
-                own, rows = early, _named(ids_ptr, count, k + tl.num_programs(0) * ROWS, F)
+                further = k + tl.num_programs(0) * ROWS
+                this, rows = early, tl.load(ids_ptr + further, mask=further < count, other=-1)
                 early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
             else:
-                own = first_weights(row_ptr, chosen, D, BLOCK_D)
-            h = row_products(own, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]
+                this = first_weights(row_ptr, chosen, D, BLOCK_D)
+            h = row_products(this, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]
         else:
             h = tl.zeros([ROWS, TOKENS], tl.float32)
             for d in tl.range(0, D, BLOCK_D):

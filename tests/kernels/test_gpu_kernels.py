@@ -72,9 +72,11 @@ def test_ids_that_the_kernel_right_before_writes(batch):
         torch.cuda.synchronize()
         expected.append(sparse_mlp(x, *fc1, None, *fc2, ids[0], count))
     ids, count = torch.full_like(ids, 2**30), torch.full_like(count, -1)
-    for i in [0, 1, 2] * 20:
+    wrong = torch.zeros(3, dtype=torch.int64, device=CUDA)
+    for i in [0, 1, 2] * 300:
         _compact(masks[i], ids, count)  # lets fc1 begin before it has written any
-        assert torch.equal(sparse_mlp(x, *fc1, None, *fc2, ids[0], count), expected[i])
+        wrong[i] += (sparse_mlp(x, *fc1, None, *fc2, ids[0], count) != expected[i]).any()
+    assert wrong.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -559,7 +559,7 @@ def test_ranks_that_share_first_layers_choose_the_same(tmp_path, kind):
     assert all(0.1 < density < 0.9 for _, density in whole)
     for found, expected in zip(run_ranks(2, run_ahead, directory, True), whole, strict=True):
         assert_same(found[0], expected[0])
-        assert found[1] == expected[1]
+        assert found[1] == pytest.approx(expected[1], rel=1e-2)  # what rides is of 16 bits
 
 
 @pytest.mark.parametrize("prefix", [1, 20])
