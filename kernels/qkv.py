@@ -129,22 +129,6 @@ def count_missing(
 
 
 @triton.jit
-def _overdue(filled_to_ptr, position, heads, layer, N, W, SPREAD: tl.constexpr):
-    """Whether the ring will soon overflow for each of ``heads [X]`` of the one sequence there is."""
-    missing = position + 1 - tl.load(filled_to_ptr + heads, mask=heads < N, other=0)
-    return ((heads < N) & (missing >= W - (heads + layer) % SPREAD)).to(tl.int32)
-
-
-@triton.jit
-def _needs(ids_ptr, count, overdue, heads):
-    """Whether each of ``heads [X]`` is overdue, or chosen by the one sequence there is: ``int32[X]``."""
-    needs = overdue
-    for i in range(count):  # rare, and a comparison of all with all would take everyone's registers
-        needs = tl.where(heads == tl.load(ids_ptr + i), 1, needs)
-    return needs
-
-
-@triton.jit
 def _products(
     weights,
     inside_rows,
@@ -178,9 +162,6 @@ def _of_columns(x, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _qkv_block(
-    head,
-    block,
-    split,
     first,
     position,
     chosen,
@@ -215,6 +196,8 @@ def _qkv_block(
     What a column holds depends neither on its place nor on the other columns, and the parts of D are added in
     one order: so a key has the same bits whenever it is computed.
     """
+    blocks = tl.cdiv(3 * H, ROWS)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = tl.arange(0, COLUMNS)
     b, back = column % SEQUENCES, first + column // SEQUENCES
     position = _of_columns(position, COLUMNS)
@@ -232,17 +215,16 @@ def _qkv_block(
         x_ptrs = tl.where(back == 0, x_ptrs, inputs_ptr + (b * W + at % W) * D)
     SPAN: tl.constexpr = (D + SPLITS - 1) // SPLITS
     weights = weight_ptr + flat.to(tl.int64)[:, None] * D
-    start = split * SPAN
+    start = tl.program_id(1) * SPAN
     acc = _products(weights, inside_rows, x_ptrs, used, start, D, SPAN, ROWS, COLUMNS, BLOCK_D)
     last = True
     if SPLITS > 1:
         mask = inside_rows[:, None] & used[None, :]
         # every block has room for MANY columns: with FEW it may not lie where another, with MANY, does
-        own = head * tl.cdiv(3 * H, ROWS) + block
-        parts = partial_ptr + own.to(tl.int64) * SPLITS * ROWS * MANY
+        parts = partial_ptr + tl.program_id(0).to(tl.int64) * SPLITS * ROWS * MANY
         part = parts + tl.arange(0, ROWS)[:, None] + column[None, :] * ROWS
-        tl.store(part + split * ROWS * COLUMNS, acc, mask=mask)
-        last = arrives_last(arrived_ptr + own, SPLITS)
+        tl.store(part + tl.program_id(1) * ROWS * COLUMNS, acc, mask=mask)
+        last = arrives_last(arrived_ptr + tl.program_id(0), SPLITS)
         if last:
             acc = tl.zeros_like(acc)
             for i in tl.static_range(SPLITS):
@@ -298,61 +280,42 @@ def _qkv_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A grid-stride loop over the needed heads' blocks of rows of Q, K and V, each over a part of D: for FEW
-    columns, which is enough but for a head that has long been left out, or for MANY; see `_qkv_block`. Keeps
-    ``x`` in the ring, too."""
+    """A block of one head's rows of Q, K and V over a part of D: for FEW columns, which is enough but for a
+    head that has long been left out, or for MANY; see `_qkv_block`. Keeps ``x`` in the ring, too."""
     wait_for_predecessor(PDL)
+    blocks = tl.cdiv(3 * H, ROWS)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b = tl.arange(0, SEQUENCES)
     real = b < B
     position = tl.load(positions_ptr + b, mask=real, other=0)
-    # One sequence names its heads, and none else is needed but one that is overdue, which is rare; several
-    # sequences need nearly all heads between them.
-    ONE: tl.constexpr = LAZY and HAS_IDS and SEQUENCES == 1
-    heads = tl.arange(0, BLOCK_N)
-    needs = (heads < N).to(tl.int32)
-    last, others = N, True
-    if ONE:
-        overdue = _overdue(filled_to_ptr, position, heads, layer, N, W, SPREAD)
-        last, others = tl.load(count_ptr), tl.max(overdue, 0) > 0
-        if others:
-            needs = _needs(ids_ptr, last, overdue, heads)
-            last = tl.sum(needs, 0)
-    place = tl.cumsum(needs, 0) - 1
+    chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
+    missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
+    program = tl.program_id(0) * SPLITS + tl.program_id(1)
     if LAZY:  # nobody reads this step's slot of the ring in this launch; all of it by one took it 10 us
         PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-        for piece in range(tl.program_id(0), B * PIECES, tl.num_programs(0)):
+        for piece in range(program, B * PIECES, tl.num_programs(0) * SPLITS):
             copied, cols = piece // PIECES, piece % PIECES * BLOCK_D + tl.arange(0, BLOCK_D)
             slot = copied * W + tl.load(positions_ptr + copied) % W
             x = tl.load(x_ptr + copied * D + cols, mask=cols < D)
             tl.store(inputs_ptr + slot * D + cols, x, mask=cols < D)
+    needed = tl.max(tl.maximum(missing, chosen.to(tl.int64)), 0)
+    if (block + 1) * ROWS <= H:
+        needed = tl.minimum(needed, tl.max(chosen, 0).to(tl.int64))  # queries are of this step only
     # many columns fill shared memory with inputs: a part of D at a time that leaves it to FEW's weights
-    AT_A_TIME: tl.constexpr = min(BLOCK_D, 64)
-    BLOCKS: tl.constexpr = (3 * H + ROWS - 1) // ROWS
-    for i in range(tl.program_id(0), last * BLOCKS * SPLITS, tl.num_programs(0)):
-        nth, block, split = i // (BLOCKS * SPLITS), i // SPLITS % BLOCKS, i % SPLITS
-        if others:
-            head = tl.sum(tl.where((needs > 0) & (place == nth), heads, 0), 0)
-            chosen = is_chosen(ids_ptr, count_ptr, b, real, head, N, HAS_IDS, BLOCK_N)
-        else:
-            head = tl.load(ids_ptr + nth)
-            chosen = real.to(tl.int32)
-        missing = count_missing(filled_to_ptr, position, chosen, b, real, head, layer, N, W, LAZY, SPREAD)
-        needed = tl.max(tl.maximum(missing, chosen.to(tl.int64)), 0)
-        if (block + 1) * ROWS <= H:
-            needed = tl.minimum(needed, tl.max(chosen, 0).to(tl.int64))  # queries are of this step only
-        if needed > FEW // SEQUENCES:
-            for first in range(0, needed, MANY // SEQUENCES):
-                _qkv_block(
-                    head, block, split, first, position, chosen, missing, x_ptr, inputs_ptr, weight_ptr,
-                    scale_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, partial_ptr, arrived_ptr, N, T, W, D, H,
-                    HAS_SCALE, HAS_BIAS, LAZY, SEQUENCES, MANY, MANY, SPLITS, ROWS, AT_A_TIME,
-                )  # fmt: skip
-        elif needed > 0:
+    AT_A_TIME: tl.constexpr = min(BLOCK_D, 128)
+    if needed > FEW // SEQUENCES:
+        for first in range(0, needed, MANY // SEQUENCES):
             _qkv_block(
-                head, block, split, 0, position, chosen, missing, x_ptr, inputs_ptr, weight_ptr, scale_ptr,
-                bias_ptr, q_ptr, keys_ptr, values_ptr, partial_ptr, arrived_ptr, N, T, W, D, H, HAS_SCALE,
-                HAS_BIAS, LAZY, SEQUENCES, FEW, MANY, SPLITS, ROWS, BLOCK_D,
+                first, position, chosen, missing, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr,
+                keys_ptr, values_ptr, partial_ptr, arrived_ptr, N, T, W, D, H, HAS_SCALE, HAS_BIAS, LAZY,
+                SEQUENCES, MANY, MANY, SPLITS, ROWS, AT_A_TIME,
             )  # fmt: skip
+    elif needed > 0:
+        _qkv_block(
+            0, position, chosen, missing, x_ptr, inputs_ptr, weight_ptr, scale_ptr, bias_ptr, q_ptr, keys_ptr,
+            values_ptr, partial_ptr, arrived_ptr, N, T, W, D, H, HAS_SCALE, HAS_BIAS, LAZY, SEQUENCES, FEW,
+            MANY, SPLITS, ROWS, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -420,10 +383,8 @@ def project_qkv(
         _project_all(x, qkv, qkv_scale, qkv_bias, q, keys, values, positions)
         return q
     sequences = triton.next_power_of_2(B)
-    default = default_settings(qkv.dtype, B, device)
-    chosen = dict(settings("qkv", default, 3 * N * H, D, qkv.dtype, B, device))
+    chosen = settings("qkv", default_settings(qkv.dtype, B, device), 3 * N * H, D, qkv.dtype, B, device)
     blocks, splits = N * triton.cdiv(3 * H, chosen["ROWS"]), chosen["SPLITS"]
-    programs = min(num_sms(device) * chosen.pop("PROGRAMS"), blocks * splits)
     few = max(16, sequences)
     many = max(4 * few, triton.next_power_of_2(W)) if B == 1 else 4 * few
     # more passes than one over shared partial sums would race: several sequences have one part of D
@@ -431,7 +392,7 @@ def project_qkv(
     partial = torch.empty(
         blocks * splits * chosen["ROWS"] * many if splits > 1 else 0, dtype=torch.float32, device=device
     )
-    _qkv_kernel[(programs,)](
+    _qkv_kernel[(blocks, splits)](
         x,
         inputs,
         qkv,
@@ -514,7 +475,6 @@ def default_settings(dtype: torch.dtype, batch: int, device: torch.device) -> Se
         "ROWS": 64 if dtype.itemsize < 4 else 16,
         "BLOCK_D": block,
         "SPLITS": 8 if batch == 1 else 1,
-        "PROGRAMS": 2,
         "num_warps": 4,
         "num_stages": 4 if dtype.itemsize < 4 and has_large_shared_memory(device) else 2,
     }

@@ -30,7 +30,7 @@ _WAYS: dict[str, tuple[str, ...]] = {
     "predictor": ("down", "up"),
 }
 _FC1, _SUMS = ("ROWS", "BLOCK_D", "num_warps"), ("ROWS", "BLOCK_D", "num_warps", "STAGES")
-_QKV, _TOKENS = ("ROWS", "BLOCK_D", "num_warps", "num_stages", "PROGRAMS"), ("BLOCK_T", "STAGES", "num_warps")
+_QKV, _TOKENS = ("ROWS", "BLOCK_D", "num_warps", "num_stages"), ("BLOCK_T", "STAGES", "num_warps")
 _SUMS_16 = (
     (8, 512, 4, 3), (8, 512, 4, 5), (16, 512, 4, 3), (16, 256, 4, 3), (32, 128, 4, 5), (64, 64, 4, 3)
 )  # fmt: skip
@@ -38,18 +38,14 @@ _SUMS_8 = ((16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3), (
 _FC1_16 = ((2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 4), (1, 4096, 4), (1, 8192, 4), (1, 16384, 4))
 _FC1_8 = ((2, 1024, 4), (4, 1024, 4), (2, 2048, 4), (4, 2048, 4), (2, 2048, 8), (4, 2048, 8))
 _QKV_16 = (
-    (64, 128, 4, 4, 2),
-    (64, 128, 4, 3, 2),
-    (64, 64, 4, 5, 2),
-    (32, 128, 2, 4, 2),
-    (32, 128, 4, 6, 2),
-    (32, 256, 4, 4, 2),
-    (32, 256, 4, 6, 1),
-    (16, 256, 4, 5, 2),
-    (16, 256, 4, 6, 2),
-    (16, 512, 4, 3, 2),
-    (16, 512, 4, 6, 1),
-    (16, 128, 2, 8, 2),
+    (64, 128, 4, 4),
+    (64, 128, 4, 3),
+    (64, 64, 4, 5),
+    (64, 256, 4, 3),
+    (32, 128, 2, 4),
+    (32, 256, 4, 5),
+    (16, 512, 4, 5),
+    (16, 512, 4, 7),
 )
 # Of several tokens: tensor cores, so 16 rows and more.
 _SEVERAL_FC1 = ((16, 128, 4), (16, 256, 4), (32, 128, 4), (32, 256, 4), (64, 128, 4), (64, 64, 4))
@@ -71,7 +67,7 @@ _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...]
     ("fc2", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
     ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (1, 4, 8, 11, 16)),
     ("out_proj", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
-    ("qkv", 2): (_QKV, _QKV_16, "SPLITS", (1, 2, 4, 8)),
+    ("qkv", 2): (_QKV, _QKV_16, "SPLITS", (1, 4, 8, 16)),
     ("attention", 2): (_TOKENS, ((16, 2, 2), (32, 2, 4), (64, 2, 4)), "SPLITS", (8, 16, 32)),
     ("down", 2): (("ROWS", "BLOCK_D"), ((1, 2048), (2, 1024), (2, 2048), (4, 2048)), "num_warps", (4, 8)),
     ("up", 2): (("ROWS", "BLOCK_R"), _UP, "num_warps", (4, 8)),
@@ -81,9 +77,7 @@ _SEVERAL: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tup
     "fc1": ((*_FC1, "num_stages"), tuple((*t, 4) for t in _SEVERAL_FC1), "PROGRAMS", (1, 2, 4)),
     "fc2": (_SUMS, _SEVERAL_SUMS, "SPLITS", (4, 8, 16)),
     "out_proj": (_SUMS, _SEVERAL_SUMS, "SPLITS", (4, 8, 16)),
-    "qkv": (
-        _QKV, ((32, 128, 4, 4, 2), (32, 256, 4, 3, 2), (64, 128, 4, 4, 2), (64, 64, 4, 5, 2)), "SPLITS", (1,)
-    ),
+    "qkv": (_QKV, ((32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 4), (64, 64, 4, 5)), "SPLITS", (1,)),
     "down": (
         ("ROWS", "BLOCK_D", "num_stages"), ((16, 128, 4), (16, 256, 3), (16, 256, 4)), "num_warps", (2, 4)
     ),

@@ -424,7 +424,7 @@ def test_sparse_attention(batch, H, lazy, chosen, dtype):
 
 @pytest.mark.parametrize("batch, splits", [(1, 2), (3, 1)])
 def test_all_programs_of_qkv_fill_the_ring(batch, splits, monkeypatch):
-    small = {"ROWS": 32, "BLOCK_D": 16, "SPLITS": splits, "PROGRAMS": 1, "num_warps": 4, "num_stages": 2}
+    small = {"ROWS": 32, "BLOCK_D": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
     monkeypatch.setitem(override, "qkv", small)
     block = Attention(batch, 3, 8, 72, 45, torch.bfloat16, lazy=True, with_mean=True)
     ids, count = block.draw.ids(block.draw.mask(batch, 3, p=0.5))
