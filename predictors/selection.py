@@ -312,7 +312,6 @@ class Policy(Selector):
         self._riders: dict[tuple[int, int], Tensor] = {}
         self._positions = torch.empty(0)
         self._alive: Tensor | None = None
-        self._at = Tap("attn_in", 0)
         self._tallies: dict[tuple[Kind, int], Tensor] = {}  # shares chosen, rows; added to in place
 
     @property
@@ -335,7 +334,6 @@ class Policy(Selector):
         return list(self._by_tap)
 
     def observe(self, tap: Tap, residual: Tensor) -> None:
-        self._at = tap
         if tap in self.leaving:
             self._passed[tap] = residual
         units = [unit for unit in self._by_tap.get(tap, ()) if not self._is_all(unit)]
@@ -354,7 +352,6 @@ class Policy(Selector):
 
     def before_collective(self) -> Tensor | None:
         self._start()
-        self._join_next()
         if not self._riding:
             return None
         unit, rider, ready, _ = self._riding.pop(0)
@@ -380,16 +377,6 @@ class Policy(Selector):
                 unit.scorer.second_layer(rider, self._alive, out, beside=side is not None)
             self._found[id(unit)] = _Found(Chosen(*out, unit.mean), side.mark() if side else None, rider)
         self._arrived.clear()
-
-    def _join_next(self) -> None:
-        """What the next block asks for is waited for here: a kernel that begins early, as QKV and fc1 do, has
-        but one predecessor then."""
-        point, layer = self._at.shift(1)
-        unit = self.units.get(("heads" if point == "attn_in" else "mlp", layer))
-        if unit is not None and id(unit) in self._found:
-            found = self._found[id(unit)]
-            self._join(unit, found.ready)
-            self._found[id(unit)] = found._replace(ready=None)
 
     def _side(self, unit: Unit) -> SideStream | None:
         return None if self.overlap == "none" else self.sides.get(unit.kind)
