@@ -33,6 +33,9 @@ _PLACED = 1024
 # take too long for a short layer. (OPT-175B's eighth on two H200, a layer ahead: with 1, 2, 3 for the neurons
 # a step takes 8.18, 7.77 and 7.66 ms; with a stream for each kind 7.69, 7.45 and 7.58.)
 _BESIDE = 2
+# And its settings for one sequence.
+_DOWN_BESIDE = {"ROWS": 2, "BLOCK_D": 1024, "num_warps": 4}
+_UP_BESIDE = {"ROWS": 8, "BLOCK_R": 512, "num_warps": 4}
 
 
 def standardise(residual: Tensor) -> Tensor:
@@ -359,7 +362,7 @@ def _first_layer(
     tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
     if beside and B == 1:
-        chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
+        chosen = {**_DOWN_BESIDE, "BLOCK_D": min(_DOWN_BESIDE["BLOCK_D"], triton.next_power_of_2(D))}
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
     kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
@@ -400,7 +403,7 @@ def _second_layer(
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
     if beside and B == 1:
-        chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
+        chosen = {**_UP_BESIDE, "BLOCK_R": min(_UP_BESIDE["BLOCK_R"], triton.next_power_of_2(r))}
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
     kernel = _up_kernel[(_programs(row_blocks, device, beside), blocks)](

@@ -39,7 +39,8 @@ class LowRank(nn.Module):
 
 
 class PackedLowRank(nn.Module):
-    """A `LowRank` as decoding on a GPU reads it: fp16 weights, or int8 with a scale a row.
+    """A `LowRank` as decoding on a GPU reads it: fp16 weights, or int8 with a scale a row. Where the product of
+    its layers, in fp32, is less to read, that is the first layer, and the second does nothing (few heads).
 
     What scores above ``threshold`` is chosen. It lies on the device, so that it can move under a graph.
 
@@ -58,8 +59,12 @@ class PackedLowRank(nn.Module):
 
     def __init__(self, network: LowRank, bits: int) -> None:
         super().__init__()
-        for name, weight in (("down", network.down), ("up", network.up)):
-            data, scale = (weight.half(), None) if bits == 16 else _int8(weight)
+        down: Tensor = network.down
+        up: Tensor = network.up
+        if not network.relu and len(up) * 32 < len(down) * bits:
+            bits, down, up = 32, up.float() @ down.float(), torch.eye(len(up), device=up.device)
+        for name, weight in (("down", down), ("up", up)):
+            data, scale = _int8(weight) if bits == 8 else (weight.half() if bits == 16 else weight, None)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
             self.register_buffer(f"{name}_scale", scale)
         self.bias = nn.Parameter(network.bias.float(), requires_grad=False)

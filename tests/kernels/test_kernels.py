@@ -284,7 +284,7 @@ def predictor(draw, batch, D, r, n, dtype, residual_dtype):
 
 @pytest.mark.parametrize("union", [True, False])
 @pytest.mark.parametrize("batch", [1, 3, 20])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int8, FP8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, FP8])
 @pytest.mark.parametrize("D, r, n, limit", [(40, 24, 1100, 20.0), (33, 7, 5, 1.0)])
 @pytest.mark.parametrize("beside", [False, True])
 def test_predict(batch, union, dtype, D, r, n, limit, beside):

@@ -173,6 +173,21 @@ def test_a_packed_network_is_nearly_the_same(bits, relu):
     assert other.tally.tolist() == [200, 1] and packed.threshold == 3 and other.down is packed.down
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_layers_of_few_heads_are_one_matrix(bits):
+    residual, down, up, bias = normals(8, (4, 1, 64), (16, 64), (3, 16), (3,))
+    network = LowRank(down.float(), up.float(), bias.float())
+    packed = PackedLowRank(network, bits).at(0.5)
+    assert packed.down.shape == (3, 64) and packed.down.dtype == torch.float32
+    z = standardise(residual.float())
+    torch.testing.assert_close(packed(z), network(z), atol=1e-4, rtol=1e-4)
+    ids, counts = packed.active_set(residual[:, 0].float(), None, union=False)
+    for row, k, scores in zip(ids, counts, network(z)[:, 0], strict=True):
+        assert row[:k].tolist() == (scores > 0.5).nonzero()[:, 0].tolist()
+    relu = PackedLowRank(LowRank(down.float(), up.float(), bias.float(), relu=True), bits)
+    assert relu.down.shape == (16, 64)
+
+
 def test_rows():
     z, weight, bias = normals(7, (2, 3, 16), (24, 16), (24,))
     torch.testing.assert_close(Rows(weight, bias)(z), z @ weight.T + bias)

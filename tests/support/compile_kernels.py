@@ -35,7 +35,7 @@ TYPES = {
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 # Kernels that read weights before they wait, and by how many loads at most.
 EARLY_LOADS = {
-    "_up_kernel": 1,
+    "_up_kernel": 4,
     "_fc1_kernel": 1,
     "_residual_norm_kernel": 6,
     "_reduce_residual_norm_kernel": 12,
@@ -80,7 +80,7 @@ def weight(*shape, dtype):
 
 
 def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
-    """The launches of a layer and its predictor, sparse and dense."""
+    """The launches of a layer, sparse and dense."""
     x, out = (torch.zeros(B, D, dtype=wide) for _ in range(2))
     ids, count = torch.arange(F, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     for chosen in ((ids, count), (None, None)):
@@ -108,14 +108,15 @@ def every_launch(dtype, wide, B, D=256, F=128, N=2, H=64, T=40, W=64):
     _embed_rows(tokens[0], ring[0], 3, out)
     _likeliest(torch.zeros(B, 9000), tokens[0])
     _count_down(*tokens)
-    if dtype != torch.float32:
-        down, up = weight(64, D, dtype=dtype), weight(F, 64, dtype=dtype)
-        places = (torch.empty(F, dtype=torch.int32), torch.empty(1, dtype=torch.int32))
-        tally, threshold = torch.zeros(2, dtype=torch.int64), torch.zeros(1)
-        alive = torch.ones(B, dtype=torch.int64)
-        _predict(
-            x, *down, torch.zeros(64), *up, torch.zeros(F), threshold, alive, *places, tally, True, False
-        )  # fmt: skip
+
+
+def every_predictor(dtype, wide, B, D=256, F=128):
+    """The launches of a predictor."""
+    down, up = weight(64, D, dtype=dtype), weight(F, 64, dtype=dtype)
+    places = (torch.empty(F, dtype=torch.int32), torch.empty(1, dtype=torch.int32))
+    tally, threshold = torch.zeros(2, dtype=torch.int64), torch.zeros(1)
+    x, alive = torch.zeros(B, D, dtype=wide), torch.ones(B, dtype=torch.int64)
+    _predict(x, *down, torch.zeros(64), *up, torch.zeros(F), threshold, alive, *places, tally, True, False)
 
 
 def every_collective(dtype, D, ranks=2, T=3):
@@ -144,4 +145,6 @@ if __name__ == "__main__":
     ):
         for B in (1, 3):
             every_launch(dtype, wide, B)
+            every_predictor(dtype, wide, B)
+            every_predictor(torch.float32, wide, B)
     print(len(compiled), "variants of", len({name for name, _ in compiled}), "kernels")
