@@ -33,9 +33,6 @@ _PLACED = 1024
 # take too long for a short layer. (OPT-175B's eighth on two H200, a layer ahead: with 1, 2, 3 for the neurons
 # a step takes 8.18, 7.77 and 7.66 ms; with a stream for each kind 7.69, 7.45 and 7.58.)
 _BESIDE = 2
-# And its settings for one sequence.
-_DOWN_BESIDE = {"ROWS": 2, "BLOCK_D": 1024, "num_warps": 4}
-_UP_BESIDE = {"ROWS": 8, "BLOCK_R": 512, "num_warps": 4}
 
 
 def standardise(residual: Tensor) -> Tensor:
@@ -61,41 +58,12 @@ def predict_reference(
     beside: bool = False,
 ) -> None:
     """See `predict`."""
-    hidden = standardise(residual).new_empty(len(residual), len(down))
-    first_layer_reference(residual, down, down_scale, down_sums, hidden, relu)
-    second_layer_reference(hidden, up, up_scale, bias, threshold, alive, ids, count, tally)
-
-
-def first_layer_reference(
-    residual: Tensor,
-    down: Tensor,
-    down_scale: Tensor | None,
-    down_sums: Tensor,
-    hidden: Tensor,
-    relu: bool,
-    beside: bool = False,
-) -> None:
-    """See `first_layer`."""
     z = standardise(residual)
-    product = F.linear(z, _scaled(down, down_scale, z.dtype))
-    hidden.copy_(F.relu(product) if relu else product)
-
-
-def second_layer_reference(
-    hidden: Tensor,
-    up: Tensor,
-    up_scale: Tensor | None,
-    bias: Tensor,
-    threshold: Tensor,
-    alive: Tensor | None,
-    ids: Tensor,
-    count: Tensor,
-    tally: Tensor,
-    beside: bool = False,
-) -> None:
-    """See `second_layer`."""
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    mask = F.linear(hidden, _scaled(up, up_scale, hidden.dtype), bias.to(hidden.dtype)) > threshold
+    down, up = (
+        w.to(z.dtype) if s is None else w.to(z.dtype) * s for w, s in ((down, down_scale), (up, up_scale))
+    )
+    hidden = F.linear(z, down)
+    mask = F.linear(F.relu(hidden) if relu else hidden, up, bias.to(z.dtype)) > threshold
     if alive is not None:
         mask = mask & alive.bool()[:, None]
     compact_reference(mask.any(0, keepdim=True) if ids.dim() == 1 else mask, ids, count)
@@ -106,10 +74,6 @@ def second_layer_reference(
         tally[1] += alive.any() if ids.dim() == 1 else alive.sum()
 
 
-def _scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if scale is None else weight.to(dtype) * scale
-
-
 def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     """``mask bool[S, n]`` to the ids of its True entries, ascending, and their number; see `compact`."""
     # a stable sort of "not chosen" puts the chosen first and keeps their order
@@ -118,7 +82,7 @@ def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     count.copy_(mask.sum(-1))
 
 
-@triton.jit(do_not_specialize=["T", "R", "stride"])
+@triton.jit(do_not_specialize=["T", "R"])
 def _down_kernel(
     x_ptr,
     weight_ptr,
@@ -127,7 +91,6 @@ def _down_kernel(
     hidden_ptr,
     T,
     R,
-    stride,
     eps,
     D: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -184,9 +147,7 @@ def _down_kernel(
         h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(variance + eps)[None, :]
         if RELU:
             h = tl.where(h < 0, 0.0, h)
-        tl.store(
-            hidden_ptr + t[None, :] * stride + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :]
-        )
+        tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -334,35 +295,30 @@ def _predict(
     beside: bool,
 ) -> None:
     """Launches the two layers and the compaction."""
-    hidden = torch.empty(
-        len(residual), len(down), dtype=hidden_dtype(len(residual), up.dtype), device=residual.device
-    )
-    _first_layer(residual, down, down_scale, down_sums, hidden, relu, beside)
-    _second_layer(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside)
+    # several tokens are multiplied by tensor cores, which take both sides in 16 bits (8-bit weights fit them)
+    narrow = torch.float16 if up.dtype.itemsize == 1 else up.dtype
+    hidden_dtype = torch.float32 if len(residual) == 1 else narrow
+    hidden = launch_down(residual, down, down_scale, down_sums, hidden_dtype, relu=relu, beside=beside)
+    launch_up(hidden, up, up_scale, bias, threshold, alive, ids, count, tally, beside=beside)
 
 
-def hidden_dtype(batch: int, up: torch.dtype) -> torch.dtype:
-    """Of what lies between the layers: several sequences are multiplied by tensor cores, which take both
-    sides in 16 bits (8-bit weights fit them)."""
-    if batch == 1:
-        return torch.float32
-    return torch.float16 if up.itemsize == 1 else up
-
-
-def _first_layer(
+def launch_down(
     residual: Tensor,
     down: Tensor,
     down_scale: Tensor | None,
     down_sums: Tensor,
-    hidden: Tensor,
-    relu: bool,
-    beside: bool,
-) -> None:
+    dtype: torch.dtype = torch.float32,
+    *,
+    relu: bool = False,
+    beside: bool = False,
+) -> Tensor:
+    """The first layer: ``[B, r]``. See `predict`."""
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
+    hidden = torch.empty(B, r, dtype=dtype, device=device)
     chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
     if beside and B == 1:
-        chosen = {**_DOWN_BESIDE, "BLOCK_D": min(_DOWN_BESIDE["BLOCK_D"], triton.next_power_of_2(D))}
+        chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
     kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
@@ -372,7 +328,6 @@ def _first_layer(
         hidden,
         B,
         r,
-        hidden.stride(0),
         _EPS,
         D=D,
         HAS_SCALE=down_scale is not None,
@@ -383,9 +338,10 @@ def _first_layer(
     )
     if beside:
         runs_beside(kernel)
+    return hidden
 
 
-def _second_layer(
+def launch_up(
     hidden: Tensor,
     up: Tensor,
     up_scale: Tensor | None,
@@ -395,15 +351,17 @@ def _second_layer(
     ids: Tensor,
     count: Tensor,
     tally: Tensor,
-    beside: bool,
+    *,
+    beside: bool = False,
 ) -> None:
+    """The second layer, from ``hidden [B, r]``, and the compaction. See `predict`."""
     B, (n, r), device = len(hidden), up.shape, hidden.device
     tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
     blocks, pdl = triton.cdiv(B, tokens), _overlaps(device, beside)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
     if beside and B == 1:
-        chosen = {**_UP_BESIDE, "BLOCK_R": min(_UP_BESIDE["BLOCK_R"], triton.next_power_of_2(r))}
+        chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
     kernel = _up_kernel[(_programs(row_blocks, device, beside), blocks)](
@@ -512,11 +470,6 @@ def _default_up_settings(r: int, batch: int) -> Settings:
 
 
 _op = register("predict", cuda=_predict, cpu=predict_reference, mutates={"ids", "count", "tally"})
-# The two layers apart, with ``hidden [B, r]`` between them, rows of which may lie apart; see `predict`.
-first_layer = register("first_layer", cuda=_first_layer, cpu=first_layer_reference, mutates={"hidden"})
-second_layer = register(
-    "second_layer", cuda=_second_layer, cpu=second_layer_reference, mutates={"ids", "count", "tally"}
-)
 _compact_op = register("compact", cuda=_compact, cpu=compact_reference, mutates={"ids", "count"})
 
 

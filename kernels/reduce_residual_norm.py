@@ -10,9 +10,6 @@ sends, receives and stores: some send a part of the row each and wait for nothin
 which the norm needs, and store a part each. Programs start in their order, a token's senders first: so no
 more of them need to run at once than do.
 
-Riders are rows of another tensor of which every rank has its own share, and afterwards all: each is one more
-row of the call, sent and received by one program, for nobody needs all of it there.
-
 Why nothing is overwritten before it was read: epochs alternate between two halves of the inbox. A rank that
 sends epoch n + 2 has finished its kernel of n + 1, so has received n + 1 from every peer, which they sent in
 a kernel that began when theirs of epoch n, which read the same half, was complete. The epochs are counted on
@@ -20,7 +17,7 @@ the device, by each program of a slot (token) for itself, and a slot has one pla
 can be replayed and mixed with other calls, as long as every rank makes the same calls in the same order, on
 one stream.
 
-Shape legend: T tokens, D hidden, R ranks, w words of 32 bits.
+Shape legend: T tokens, D hidden, R ranks.
 """
 
 from dataclasses import dataclass
@@ -63,9 +60,9 @@ class Inboxes:
         """Of one rank's inbox."""
         return 2 * ranks * SLOTS * SLOT_WORDS * 8
 
-    def takes(self, dtype: torch.dtype, tokens: int, D: int, riders: int = 0) -> bool:
-        """Whether a call of this shape fits; a rider's share is no longer than a token."""
-        return dtype in TYPES and tokens + riders <= SLOTS and D % 2 == 0 and D <= 2 * SLOT_WORDS
+    def takes(self, dtype: torch.dtype, tokens: int, D: int) -> bool:
+        """Whether a call of this shape fits."""
+        return dtype in TYPES and tokens <= SLOTS and D % 2 == 0 and D <= 2 * SLOT_WORDS
 
 
 @triton.jit
@@ -86,46 +83,6 @@ def _pair(low, high, BF16: tl.constexpr):
     TYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     first = low.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return first | (high.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _ride(
-    t,
-    epoch,
-    rider_ptr,
-    addresses_ptr,
-    WORDS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SLOT_WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """This rank's share of a rider's row to the others, and theirs into the row."""
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WORDS
-    tag = epoch.to(tl.int64) << 32
-    words = tag | (tl.load(rider_ptr + RANK * WORDS + cols, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF)
-    half = (epoch & 1) * RANKS * (SLOTS * SLOT_WORDS) + t * SLOT_WORDS
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            inbox = tl.multiple_of(tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int64)), 16)
-            tl.store(inbox + half + RANK * (SLOTS * SLOT_WORDS) + cols, words, mask=inside)
-    inbox = tl.multiple_of(tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64)), 16)
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            got = _receive(inbox + half + peer * (SLOTS * SLOT_WORDS) + cols, inside, epoch)
-            tl.store(rider_ptr + peer * WORDS + cols, got, mask=inside)
-
-
-@triton.jit
-def _receive(source, inside, epoch):
-    """The data of words ``[X]`` of an inbox, once all of them have come."""
-    tag = epoch.to(tl.int64) << 32
-    got = tl.load(source, mask=inside, other=tag, volatile=True)
-    while tl.sum(((got >> 32).to(tl.int32) != epoch).to(tl.int32), 0) > 0:
-        got = tl.load(source, mask=inside, other=tag, volatile=True)
-    return got.to(tl.int32)
 
 
 @triton.jit
@@ -155,7 +112,7 @@ def _send(
             tl.store(inbox + place + cols, words, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def _reduce_residual_norm_kernel(
     partial_ptr,
     addresses_ptr,
@@ -164,11 +121,9 @@ def _reduce_residual_norm_kernel(
     bias_ptr,
     weight_ptr,
     shift_ptr,
-    rider_ptr,
     eps,
     total_ptr,
     normed_ptr,
-    T,
     PAIRS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -182,41 +137,31 @@ def _reduce_residual_norm_kernel(
     AFFINE: tl.constexpr,
     NORM: tl.constexpr,
     BF16: tl.constexpr,
-    RIDER_WORDS: tl.constexpr,
-    RIDER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_SHARE: tl.constexpr,
-    BLOCK_RIDER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Of each token PARTS programs send a SHARE of the row each; PARTS more receive all of it and store a
-    SHARE. Of each rider a program does both. All tensors are seen as pairs of numbers, ``int32``."""
-    part, role = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % 2
+    SHARE. All tensors are seen as pairs of numbers, ``int32``."""
+    part, receives = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % 2
     t = tl.program_id(0).to(tl.int64) // (2 * PARTS)
-    if RIDER_WORDS > 0:
-        rider = tl.program_id(0).to(tl.int64) - T * 2 * PARTS
-        if rider >= 0:
-            t, part, role = T + rider, 0, 2
     row = t * PAIRS
     cols = tl.arange(0, BLOCK)
     inside = cols < PAIRS
     own = inside & (cols // SHARE == part)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + cols, mask=inside & (role == 1), other=0)
+        bias = tl.load(bias_ptr + cols, mask=inside & (receives == 1), other=0)
     if AFFINE:
-        weight = tl.load(weight_ptr + cols, mask=own & (role == 1), other=0)
-        shift = tl.load(shift_ptr + cols, mask=own & (role == 1), other=0)
+        weight = tl.load(weight_ptr + cols, mask=own & (receives == 1), other=0)
+        shift = tl.load(shift_ptr + cols, mask=own & (receives == 1), other=0)
     wait_for_predecessor(PDL)
-    epochs_ptr += (t * 2 + role % 2) * MOST_PARTS
+    epochs_ptr += (t * 2 + receives) * MOST_PARTS
     epoch = tl.load(epochs_ptr + part) + 1
-    if RIDER_WORDS > 0:  # noqa: SIM102  (decided when it is compiled)
-        if role == 2:
-            _ride(t, epoch, rider_ptr + (t - T) * RIDER_ROW, addresses_ptr, RIDER_WORDS, RANK, RANKS, SLOTS,
-                  SLOT_WORDS, BLOCK_RIDER)  # fmt: skip
-    if role == 0:
+    if receives == 0:
         _send(part, t, epoch, partial_ptr, addresses_ptr, PAIRS, RANK, RANKS, SLOTS, SLOT_WORDS, SHARE,
               BLOCK_SHARE)  # fmt: skip
-    elif role == 1:
+    else:
+        tag = epoch.to(tl.int64) << 32
         mine = tl.load(partial_ptr + row + cols, mask=inside, other=0)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row + cols, mask=inside, other=0)
@@ -230,7 +175,10 @@ def _reduce_residual_norm_kernel(
                 high += _high(mine, BF16)
             else:
                 source = inbox + peer * SLOTS * SLOT_WORDS + cols
-                theirs = _receive(source, inside, epoch)
+                got = tl.load(source, mask=inside, other=tag, volatile=True)
+                while tl.sum(((got >> 32).to(tl.int32) != epoch).to(tl.int32), 0) > 0:
+                    got = tl.load(source, mask=inside, other=tag, volatile=True)
+                theirs = got.to(tl.int32)
                 low += _low(theirs, BF16)
                 high += _high(theirs, BF16)
         if HAS_BIAS:
@@ -256,24 +204,11 @@ def _reduce_residual_norm_kernel(
             tl.store(normed_ptr + row + cols, _pair(low, high, BF16), mask=own)
     tl.debug_barrier()  # every thread has read the epoch
     each = tl.arange(0, MOST_PARTS)  # with fewer parts than there are counts a program keeps some of them
-    tl.store(epochs_ptr + each, tl.zeros_like(each) + epoch, mask=(each % PARTS == part) | (role == 2))
-    if role == 2:  # it stands for both sides
-        tl.store(epochs_ptr + MOST_PARTS + each, tl.zeros_like(each) + epoch)
+    tl.store(epochs_ptr + each, tl.zeros_like(each) + epoch, mask=each % PARTS == part)
 
 
 def _pairs(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.view(torch.int32)
-
-
-def _rows_of(rider: Tensor | None) -> tuple[int, int, int]:
-    """How many rows a rider has, and the words of a rank's share and of a row."""
-    if rider is None:
-        return 0, 0, 0
-    assert rider.is_contiguous() and rider.dim() == 3
-    B, shares, w = rider.shape
-    assert w * rider.itemsize % 4 == 0
-    words = w * rider.itemsize // 4
-    return B, words, shares * words
 
 
 def _reduce_residual_norm(
@@ -286,16 +221,14 @@ def _reduce_residual_norm(
     eps: float,
     total: Tensor,
     normed: Tensor | None,
-    rider: Tensor | None = None,
 ) -> None:
     T, D = partial.shape
-    riders, words, row = _rows_of(rider)
-    assert inboxes.takes(partial.dtype, T, D, riders) and partial.is_contiguous()
+    assert inboxes.takes(partial.dtype, T, D) and partial.is_contiguous()
     assert all(x is None or x.dtype == partial.dtype for x in (residual, bias, weight, shift, total, normed))
     block, pdl = triton.next_power_of_2(D // 2), has_pdl(partial.device)
     parts = min(MOST_PARTS, max(1, _SENDERS // T))
     share = 4 * triton.cdiv(D // 2, 4 * parts)  # whole vectors
-    _reduce_residual_norm_kernel[(T * 2 * parts + riders,)](
+    _reduce_residual_norm_kernel[(T * 2 * parts,)](
         _pairs(partial),
         inboxes.addresses,
         inboxes.epochs,
@@ -303,11 +236,9 @@ def _reduce_residual_norm(
         _pairs(bias),
         _pairs(weight),
         _pairs(shift),
-        _pairs(rider),
         eps,
         _pairs(total),
         _pairs(normed),
-        T,
         PAIRS=D // 2,
         RANK=inboxes.rank,
         RANKS=len(inboxes.addresses),
@@ -321,11 +252,8 @@ def _reduce_residual_norm(
         AFFINE=weight is not None,
         NORM=normed is not None,
         BF16=partial.dtype == torch.bfloat16,
-        RIDER_WORDS=words,
-        RIDER_ROW=row,
         BLOCK=block,
         BLOCK_SHARE=triton.next_power_of_2(share),
-        BLOCK_RIDER=triton.next_power_of_2(words),
         **launched_early(pdl),
         num_warps=min(max(block // 256, 1), 16),
     )
@@ -337,19 +265,17 @@ def fused_reduce_residual_norm(
     bias: Tensor | None,
     norm: torch.nn.LayerNorm | None,
     inboxes: Inboxes,
-    rider: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(total, norm(total))`` with ``total = residual + (sum over ranks of partial + bias)``, ``[..., D]``.
 
-    Summed in fp32 and rounded once. See `residual_norm`, and `Inboxes.takes` for what fits. ``rider
-    [B, shares, w]``: this rank has written ``[:, rank]``, and the other ranks' shares are put beside it.
+    Summed in fp32 and rounded once. See `residual_norm`, and `Inboxes.takes` for what fits.
     """
     D = partial.shape[-1]
     total = torch.empty_like(residual, memory_format=torch.contiguous_format)
     normed = None if norm is None else torch.empty_like(total)
     weight, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     flat = (partial.contiguous().view(-1, D), inboxes, residual.contiguous().view(-1, D))
-    _reduce_residual_norm(*flat, bias, weight, shift, eps, total, normed, rider)
+    _reduce_residual_norm(*flat, bias, weight, shift, eps, total, normed)
     return total, total if normed is None else normed
 
 

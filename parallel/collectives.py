@@ -45,7 +45,7 @@ def reduce_residual_norm(
     residual: Tensor,
     bias: Tensor | None,
     norm: nn.LayerNorm | None,
-    rider: Tensor | None = None,
+    extra: Tensor | None = None,
     *,
     tp: TPGroup,
 ) -> tuple[Tensor, Tensor]:
@@ -56,34 +56,30 @@ def reduce_residual_norm(
         residual: ``[B, S, D]``, the stream that entered the block, the same on every rank; kept.
         bias: ``[D]`` of the block's row-parallel layer.
         norm: what the next block's input passes through; None leaves it as it is.
-        rider: ``[B, shares, w]`` of 16 or 32 bits, of which this rank has written ``[:, rank]``; the other
-            ranks' shares are put beside it (the first layer of a predictor, say). It rides on the same
-            collective where that is our own, else there is one more.
+        extra: a tensor of ``partial``'s dtype, any shape, that rides on the same collective and is summed
+            over the ranks in place (a predictor's split first layer, say).
 
     Returns:
         ``(sum, norm(sum))`` with ``sum = residual + all_reduce(partial) + bias``, both ``[B, S, D]``.
     """
-    if tp.size > 1:
+    if tp.size > 1 and extra is not None:
+        payload = all_reduce(_joined(partial, extra, tp), tp)
+        partial = payload[: partial.numel()].view_as(partial)
+        extra.copy_(payload[partial.numel() :].view_as(extra))
+    elif tp.size > 1:
         routes = tp.routes.get(partial.dtype)
-        if routes is not None and routes.is_fused(partial, 0 if rider is None else len(rider)):
+        if routes is not None and routes.is_fused(partial):
             with nvtx_range("all_reduce", "collective"):
-                return fused_reduce_residual_norm(partial, residual, bias, norm, routes.inboxes, rider)
+                return fused_reduce_residual_norm(partial, residual, bias, norm, routes.inboxes)
         partial = all_reduce(partial, tp)
-        if rider is not None:
-            _gather(rider, tp)
     return residual_norm(partial, residual, bias, norm)
 
 
-def takes_riders(tp: TPGroup, dtype: torch.dtype, D: int) -> bool:
-    """Whether the boundary of one sequence is our own kernel, on which a rider costs next to nothing."""
-    routes = tp.routes.get(dtype)
-    return routes is not None and routes.is_fused(torch.empty(1, D, dtype=dtype, device="meta"), 1)
-
-
-def _gather(rider: Tensor, tp: TPGroup) -> None:
-    """Every rank's share ``[B, w]`` of ``rider [B, shares, w]`` to all."""
-    own = rider[:, tp.rank].contiguous()
-    gathered = torch.empty((tp.size * own.shape[0], own.shape[1]), dtype=own.dtype, device=own.device)
-    with nvtx_range("all_gather", "collective"):
-        _all_gather(gathered, own, group=tp.group)
-    rider[:, : tp.size] = gathered.view(tp.size, *own.shape).transpose(0, 1)
+def _joined(partial: Tensor, extra: Tensor, tp: TPGroup) -> Tensor:
+    """One payload of both; ``partial`` usually is the beginning of the payload already."""
+    n = partial.numel()
+    payload = tp.buffer((n + extra.numel(),), partial.dtype)
+    if payload.data_ptr() != partial.data_ptr():
+        payload[:n].copy_(partial.flatten())
+    payload[n:].copy_(extra.flatten())
+    return payload

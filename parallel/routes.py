@@ -63,10 +63,10 @@ class Routes:
             return "nccl"
         return choose(self.table, "sum", x.nbytes, x.dtype)
 
-    def is_fused(self, x: Tensor, riders: int = 0) -> bool:
-        """Whether the boundary behind partial sums ``x [..., D]`` goes by one kernel, with so many riders."""
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether the boundary behind partial sums ``x [..., D]`` goes by one kernel."""
         D = x.shape[-1]
-        fits = self.inboxes.takes(x.dtype, x.numel() // D, D, riders)
+        fits = self.inboxes.takes(x.dtype, x.numel() // D, D)
         return self.enabled and fits and choose(self.table, "boundary", x.nbytes, x.dtype) == "fused"
 
     def all_reduce(self, x: Tensor, route: Route) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.kernels.predict import first_layer, hidden_dtype, predict, second_layer
+from dejavu.kernels.predict import predict
 
 # A matrix of few bits has one 16-bit scale for so many weights of a row; one of 8 bits has one of 32 for the
 # row, which is how the kernels read it: they choose what the stored weights choose.
@@ -72,22 +72,6 @@ class PackedLowRank(nn.Module):
         self.register_buffer("down_sums", self._wide("down").sum(-1))
         self.register_buffer("threshold", torch.zeros(1))
         self.register_buffer("tally", torch.zeros(2, dtype=torch.int64))
-        self.share: tuple[int, int] | None = None  # of the first layer's rows: which, of how many
-
-    def split(self, share: int, shares: int) -> "PackedLowRank":
-        """The same predictor with one of ``shares`` equal parts of the first layer's rows: what lies between
-        the layers has to be gathered from all of them. See `first_layer`."""
-        size = len(self.down) // shares
-        rows = slice(share * size, (share + 1) * size)
-        twin = copy.copy(self)
-        twin.share = share, shares
-        # copies, so that the whole is given back
-        twin._parameters = {
-            **self._parameters, "down": nn.Parameter(self.down[rows].clone(), requires_grad=False)
-        }  # fmt: skip
-        scale = None if self.down_scale is None else self.down_scale[rows].clone()
-        twin._buffers = {**self._buffers, "down_scale": scale, "down_sums": self.down_sums[rows].clone()}
-        return twin
 
     def at(self, threshold: float) -> "PackedLowRank":
         """The same weights with a threshold and a tally of their own."""
@@ -129,26 +113,6 @@ class PackedLowRank(nn.Module):
             beside=beside,
             out=out,
         )
-
-    def empty_rider(self, batch: int) -> Tensor:
-        """What the first layer of ``batch`` sequences gives, ``[B, shares, r / shares]``; see
-        `dejavu.parallel.collectives.reduce_residual_norm`. Zeros, for a share that no rank holds."""
-        assert self.share is not None
-        shape = batch, self.share[1], len(self.down)
-        return torch.zeros(shape, dtype=hidden_dtype(batch, self.up.dtype), device=self.down.device)
-
-    def first_layer(self, residual: Tensor, rider: Tensor, *, beside: bool = False) -> None:
-        """This rank's part of the first layer at ``residual [B, D]``, to its place in ``rider``."""
-        assert self.share is not None
-        down = self.down, self.down_scale, self.down_sums
-        first_layer(residual, *down, rider[:, self.share[0]], self.relu, beside)
-
-    def second_layer(
-        self, rider: Tensor, alive: Tensor | None, out: tuple[Tensor, Tensor], *, beside: bool = False
-    ) -> None:
-        """What is chosen, once ``rider`` has the parts of all ranks; see `active_set`."""
-        up = self.up, self.up_scale, self.bias
-        second_layer(rider.flatten(1), *up, self.threshold, alive, *out, self.tally, beside)
 
     def _wide(self, name: str) -> Tensor:
         weight: Tensor = getattr(self, name).float()

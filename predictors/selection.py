@@ -134,10 +134,8 @@ class Selector:
         """The residual streams ``[B, S, D]`` at the taps that are ``leaving``, once they have been passed."""
         return []
 
-    def before_collective(self) -> Tensor | None:
-        """A block has been computed; the next that the main stream does is to wait for its peers. What it
-        returns rides along: see `dejavu.parallel.collectives.reduce_residual_norm`."""
-        return None
+    def before_collective(self) -> None:
+        """A block has been computed; the next that the main stream does is to wait for its peers."""
 
     def heads(self, layer: int, truth: Truth) -> Choice:
         """The heads of ``layer``; ``truth()`` is the output ``[B, S, N, H]`` of all of them."""
@@ -225,16 +223,6 @@ class _Found(NamedTuple):
     residual: Tensor
 
 
-class _Riding(NamedTuple):
-    """A unit whose first layer is split over the ranks: this rank's part of it, when that is there, and what
-    it reads."""
-
-    unit: "Unit"
-    rider: Tensor
-    ready: "torch.cuda.Event | None"
-    residual: Tensor
-
-
 class SetBuffers:
     """The sets of some units for a batch in one ``int32`` tensor, so that a step's can be kept and put back.
 
@@ -304,12 +292,9 @@ class Policy(Selector):
         self.overlap: Overlap = "tap"
         self._scores: dict[int, Tensor] = {}
         self._waiting: list[tuple[Unit, Tensor]] = []  # for a collective to start beside
-        self._riding: list[_Riding] = []  # for a collective to take along, one at a time
-        self._arrived: list[tuple[Unit, Tensor]] = []  # with the parts of all ranks
         self._found: dict[int, _Found] = {}
         self._passed: dict[Tap, Tensor] = {}
         self._buffers: dict[int, SetBuffers] = {}
-        self._riders: dict[tuple[int, int], Tensor] = {}
         self._positions = torch.empty(0)
         self._alive: Tensor | None = None
         self._tallies: dict[tuple[Kind, int], Tensor] = {}  # shares chosen, rows; added to in place
@@ -323,8 +308,6 @@ class Policy(Selector):
         self._positions, self._alive = positions, alive
         self._scores.clear()
         self._waiting.clear()
-        self._riding.clear()
-        self._arrived.clear()
         self._found.clear()
         self._passed.clear()
 
@@ -343,68 +326,36 @@ class Policy(Selector):
                 with nvtx_range(unit.predict_name, "predict"):
                     self._scores[id(unit)] = unit.scorer(z)
         self._waiting += [(unit, residual) for unit in units if self._in_one_go(unit)]
-        self._finish()
         if self.overlap != "collective":
             self._start()
 
     def passed(self) -> list[Tensor]:
         return [self._passed[tap] for tap in self.leaving]
 
-    def before_collective(self) -> Tensor | None:
+    def before_collective(self) -> None:
         self._start()
-        if not self._riding:
-            return None
-        unit, rider, ready, _ = self._riding.pop(0)
-        self._join(unit, ready)
-        self._arrived.append((unit, rider))
-        return rider
 
     def _start(self) -> None:
         """Launches the predictors whose taps have been passed."""
         for unit, residual in self._waiting:
-            side = self._side(unit)
+            side = None if self.overlap == "none" else self.sides.get(unit.kind)
             with nullcontext() if side is None else side.beside():
                 self._predict(unit, residual, side)
         self._waiting.clear()
 
-    def _finish(self) -> None:
-        """Launches the second half of predictors whose first layer is split and has ridden."""
-        for unit, rider in self._arrived:
-            assert isinstance(unit.scorer, PackedLowRank)
-            out = self.buffers(len(rider)).of(unit, union=self._shared(unit))
-            side = self._side(unit)
-            with nullcontext() if side is None else side.beside(), nvtx_range(unit.predict_name, "predict"):
-                unit.scorer.second_layer(rider, self._alive, out, beside=side is not None)
-            self._found[id(unit)] = _Found(Chosen(*out, unit.mean), side.mark() if side else None, rider)
-        self._arrived.clear()
-
-    def _side(self, unit: Unit) -> SideStream | None:
-        return None if self.overlap == "none" else self.sides.get(unit.kind)
-
-    def _join(self, unit: Unit, ready: "torch.cuda.Event | None") -> None:
-        if ready is not None:
-            self.sides[unit.kind].join(ready)
-
     def _predict(self, unit: Unit, residual: Tensor, side: SideStream | None) -> None:
-        scorer, beside = unit.scorer, side is not None
-        assert isinstance(scorer, PackedLowRank) and residual.shape[1] == 1
+        assert isinstance(unit.scorer, PackedLowRank) and residual.shape[1] == 1
+        out = self.buffers(len(residual)).of(unit, union=self._shared(unit))
         with nvtx_range(unit.predict_name, "predict"):
-            if scorer.share is not None:
-                rider = self._rider(unit, len(residual))
-                scorer.first_layer(residual[:, 0], rider, beside=beside)
-                self._riding.append(_Riding(unit, rider, side.mark() if side else None, residual))
-                return
-            out = self.buffers(len(residual)).of(unit, union=self._shared(unit))
-            scorer.active_set(residual[:, 0], self._alive, union=self._shared(unit), beside=beside, out=out)
-        self._found[id(unit)] = _Found(Chosen(*out, unit.mean), side.mark() if side else None, residual)
-
-    def _rider(self, unit: Unit, batch: int) -> Tensor:
-        """Where what a split first layer gives lies, at every step."""
-        assert isinstance(unit.scorer, PackedLowRank)
-        key = id(unit), batch
-        if key not in self._riders:
-            self._riders[key] = unit.scorer.empty_rider(batch)
-        return self._riders[key]
+            unit.scorer.active_set(
+                residual[:, 0],
+                self._alive,
+                union=self._shared(unit),
+                beside=side is not None,
+                out=out,
+            )
+        ready = None if side is None else side.mark()
+        self._found[id(unit)] = _Found(Chosen(*out, unit.mean), ready, residual)
 
     def buffers(self, batch: int) -> SetBuffers:
         """Where the sets that the kernels find for ``batch`` sequences lie, at every step."""
@@ -495,9 +446,9 @@ class Policy(Selector):
             return None
         if self._in_one_go(unit):
             self._start()  # if no collective has come since its tap
-            self._finish()
             chosen, ready, _ = self._found.pop(id(unit))
-            self._join(unit, ready)
+            if ready is not None:
+                self.sides[kind].join(ready)
             return chosen
         if self._is_lossless(unit):
             assert unit.live_tally is not None

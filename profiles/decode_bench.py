@@ -206,7 +206,6 @@ class Bench:
     def _policy(self, parts: Parts) -> Policy:
         """The units that ``parts`` has; thresholds are set once for each width of the weights."""
         if not self._policies:
-            reserve(self.run.tp, self.run.dtype, self.symm)  # which decides whether first layers are split
             taps = _dense_taps(self.run, self.model)
             for bits in self._widths:
                 self._policies[bits] = synthetic_policy(
@@ -317,20 +316,11 @@ def _alone_ms(run: Run, policy: Policy, batch: int) -> float:
     """All predictors of a step, one after the other in a graph."""
     residual = torch.randn(batch, run.config.hidden_size, device=run.tp.device).to(run.dtype)
     buffers = policy.buffers(batch)
-    split = (
-        u.scorer for u in policy.units.values() if isinstance(u.scorer, PackedLowRank) and u.scorer.share
-    )
-    riders = {len(scorer.down): scorer.empty_rider(batch) for scorer in split}
 
     def call(unit: Unit) -> None:
-        scorer, union = unit.scorer, unit.kind == "mlp"
-        assert isinstance(scorer, PackedLowRank)
-        out = buffers.of(unit, union=union)
-        if scorer.share is None:
-            scorer.active_set(residual, None, union=union, out=out)
-        else:
-            scorer.first_layer(residual, riders[len(scorer.down)])
-            scorer.second_layer(riders[len(scorer.down)], None, out)
+        assert isinstance(unit.scorer, PackedLowRank)
+        union = unit.kind == "mlp"
+        unit.scorer.active_set(residual, None, union=union, out=buffers.of(unit, union=union))
 
     units = list(policy.units.values())
     ms = len(units) * time_calls([partial(call, unit) for unit in units], 10).p50 / 1e3

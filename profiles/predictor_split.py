@@ -1,5 +1,5 @@
 """Two ways to make a predictor cheap enough to hide: 8-bit weights on every rank, or a first layer that is
-split over the ranks, whose parts ride on an all-reduce that there is anyway.
+split over the ranks, whose partial result rides on an all-reduce that there is anyway.
 
 Shape legend: D hidden, n local neurons, r rank.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dejavu.kernels.predict import first_layer, second_layer
+from dejavu.kernels.predict import launch_down, launch_up
 from dejavu.parallel.collectives import reduce_residual_norm
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.routes import reserve
@@ -64,7 +64,7 @@ class _Boundary:
         self.count = torch.empty(1, dtype=torch.int32, device=device)
         self.partial = tp.buffer((1, 1, D), _DTYPE).zero_()
         self.residual = torch.randn(1, 1, D, dtype=_DTYPE, device=device)
-        self.hidden = torch.zeros(1, rank, device=device)
+        self.extra = torch.zeros(1, rank, dtype=_DTYPE, device=device)
         self.norm_bias = torch.randn(D, dtype=_DTYPE, device=device)
         self.norm = nn.LayerNorm(D, device=device, dtype=_DTYPE).requires_grad_(False)
 
@@ -78,30 +78,22 @@ class _Boundary:
 
     def _whole(self, i: int) -> None:
         self._reduce(None)
-        first_layer(self.residual[0], *self.downs[i], self.sums, self.hidden, False, False)
-        self._finish(i)
+        self._finish(launch_down(self.residual[0], *self.downs[i], self.sums), i)
 
     def _split(self, i: int) -> None:
-        """This rank's rows of the first layer, before the boundary."""
+        """This rank's rows of the first layer, before the boundary; the others' are zero in its payload."""
         mine = slice(self.tp.rank * self.share, (self.tp.rank + 1) * self.share)
         down, scale = self.downs[i]
-        rows = down[mine], None if scale is None else scale[mine], self.sums[mine]
-        first_layer(self.residual[0], *rows, self.hidden[:, mine], False, False)
-        self._reduce(self.hidden.view(1, self.tp.size, self.share))
-        self._finish(i)
-
-    def _reduce(self, rider: Tensor | None) -> None:
-        reduce_residual_norm(self.partial, self.residual, self.norm_bias, self.norm, rider, tp=self.tp)
-
-    def _finish(self, i: int) -> None:
-        second_layer(
-            self.hidden,
-            *self.ups[i],
-            self.bias,
-            self.threshold,
-            None,
-            self.ids,
-            self.count,
-            self.tally,
-            False,
+        hidden = launch_down(
+            self.residual[0], down[mine], None if scale is None else scale[mine], self.sums[mine]
         )
+        self.extra.zero_()
+        self.extra[:, mine] = hidden
+        self._reduce(self.extra)
+        self._finish(self.extra, i)
+
+    def _reduce(self, extra: Tensor | None) -> None:
+        reduce_residual_norm(self.partial, self.residual, self.norm_bias, self.norm, extra, tp=self.tp)
+
+    def _finish(self, hidden: Tensor, i: int) -> None:
+        launch_up(hidden, *self.ups[i], self.bias, self.threshold, None, self.ids, self.count, self.tally)

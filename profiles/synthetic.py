@@ -22,7 +22,6 @@ from dejavu.predictors.selection import Kind, Policy, Selector, Tap, Unit
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.loading import check_memory
 from dejavu.runtime.opt import OPTModel
-from dejavu.runtime.sparsity import rides
 
 _NORMAL = NormalDist()
 _STD = 0.02
@@ -157,8 +156,6 @@ def synthetic_policy(
             pays = density < crossover(ffn, D, model.dtype, batch, model.tp.device)
             unit.max_batch = None if pays else 0
         unit.scorer.threshold.fill_(unit.threshold)
-        if rides(model, unit.kind, unit.layer, unit.tap, rank):
-            unit.scorer = unit.scorer.split(model.tp.rank, model.tp.shares)
     return Policy(units, model.config.num_layers, name=profile.name)
 
 
@@ -166,21 +163,16 @@ def _unit(model: OPTModel, kind: Kind, tap: Tap, layer: int, density: float, ran
     config, tp = model.config, model.tp
     D = config.hidden_size
     n = tp.divide(config.ffn_dim if kind == "mlp" else config.num_heads)
-    same = torch.Generator(tp.device).manual_seed(1000 * layer + (kind == "mlp"))
-    down = torch.randn(rank, D, generator=same, device=tp.device) / sqrt(D)
-    own = torch.Generator(tp.device).manual_seed(1000 * layer + 10 * tp.rank + 2 + (kind == "mlp"))
-    held = rank  # rows of the first layer: of those that the ranks share some may be nobody's
-    if rides(model, kind, layer, tap, rank):
-        held = rank * tp.size // tp.shares
-        down[held:] = 0
-    up = torch.randn(n, rank, generator=own, device=tp.device) / sqrt(held)
+    own = torch.Generator(tp.device).manual_seed(1000 * layer + 10 * tp.rank + (kind == "mlp"))
+    down = torch.randn(rank, D, generator=own, device=tp.device) / sqrt(D)
+    up = torch.randn(n, rank, generator=own, device=tp.device) / sqrt(rank)
     if kind == "mlp":  # heads are few: their counts vary by themselves
         token, layered, ranked = _common_parts(density)
-        same.manual_seed(3)
+        same = torch.Generator(tp.device).manual_seed(3)
         down[0] = torch.randn(D, generator=same, device=tp.device) / sqrt(D)
         same.manual_seed(4 + layer)
         down[1] = torch.randn(D, generator=same, device=tp.device) / sqrt(D)
-        up[:, 0], up[:, 1], up[:, 2 + tp.rank % (rank - 2)] = token, layered, ranked
+        up[:, 0], up[:, 1], up[:, 2] = token, layered, ranked
     scorer = PackedLowRank(LowRank(down, up, torch.zeros(n, device=tp.device)), bits).to(tp.device)
     return Unit(kind, layer, tap, scorer)
 

@@ -192,25 +192,19 @@ class DecoderLayer(nn.Module):
             selector.observe(self.attn_in, residual)
             heads = selector.heads(self.index, lambda: self.self_attn.head_outputs(x, kv, step))
             partial = self.self_attn(x, kv, step, heads, out)
-            rider = selector.before_collective()
-            bias = self.self_attn.out_proj.bias
-            residual, mlp_x = self.boundary(partial, residual, bias, mlp_norm, rider)
+            selector.before_collective()
+            residual, mlp_x = self.boundary(partial, residual, self.self_attn.out_proj.bias, mlp_norm)
         with nvtx_range(self.mlp_name):
             selector.observe(self.mlp_in, residual)
             neurons = selector.neurons(self.index, lambda: self.mlp.hidden(mlp_x))
             partial = self.mlp(mlp_x, neurons, out)
-            rider = selector.before_collective()
-            return self.boundary(partial, residual, self.mlp.fc2.bias, next_norm, rider)
+            selector.before_collective()
+            return self.boundary(partial, residual, self.mlp.fc2.bias, next_norm)
 
     def boundary(
-        self,
-        partial: Tensor,
-        residual: Tensor,
-        bias: Tensor | None,
-        norm: LayerNorm | None,
-        rider: Tensor | None,
+        self, partial: Tensor, residual: Tensor, bias: Tensor | None, norm: LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
-        residual, x = reduce_residual_norm(partial, residual, bias, norm, rider, tp=self.tp)
+        residual, x = reduce_residual_norm(partial, residual, bias, norm, tp=self.tp)
         return (residual if self.pre_norm else x), x  # post-norm: the stream itself is normed
 
     def load(self, reader: TensorReader, name: str) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.kernels.tuning import crossover
-from dejavu.parallel.collectives import takes_riders
 from dejavu.predictors.files import (
     Entry,
     Key,
@@ -120,25 +119,19 @@ def build_policy(
         threshold = point.thresholds[key][entry.layer] if key in point.thresholds else None
         if entry.dense or threshold is None:
             return None
-        layer, tap = entry.layer, None if entry.tap is None else Tap.parse(entry.tap)
+        layer = entry.layer
         mean = tensors.head_mean(layer) if entry.kind == "heads" else None
         scorer = tensors.scorer(name, entry, lambda: contribution(model, entry.kind, layer, mean))
         in_one_go = key != "refine" and entry.refine is None
         if isinstance(scorer, LowRank) and in_one_go and model.tp.device.type == "cuda":
             # fewer bits go in 16, nearly as they are; in 8, with one scale a row, they would choose others
-            packed = PackedLowRank(scorer, 8 if entry.bits == 8 else 16).to(model.tp.device)
-            in_passing = (
-                sharing != "mask"
-                and tap is not None
-                and rides(model, entry.kind, layer, tap, len(packed.up[0]))
-            )
-            scorer = packed.split(model.tp.rank, model.tp.shares) if in_passing else packed
+            scorer = PackedLowRank(scorer, 8 if entry.bits == 8 else 16).to(model.tp.device)
         else:
             scorer.to(device=model.tp.device, dtype=wide)
         return Unit(
             kind=entry.kind,
             layer=layer,
-            tap=tap,
+            tap=None if entry.tap is None else Tap.parse(entry.tap),
             scorer=scorer,
             sees_truth=entry.method == "oracle",
             threshold=threshold,
@@ -156,15 +149,6 @@ def build_policy(
         sharing=sharing,
         dense_until=dense_until,
     )
-
-
-def rides(model: OPTModel, kind: Kind, layer: int, tap: Tap, rank: int) -> bool:
-    """Whether the ranks share the rows of a predictor's first layer, whose parts ride on a block boundary: if
-    that is our own kernel, and the neurons are predicted a layer ahead, so that the second layer has half a
-    layer left. (The parts travel as words of 32 bits.)"""
-    tp = model.tp
-    ahead = kind == "mlp" and tap.halves <= Tap("mlp_in", layer).halves - 2
-    return ahead and rank % (2 * tp.shares) == 0 and takes_riders(tp, model.dtype, model.config.hidden_size)
 
 
 def _max_batch(model: OPTModel, entry: Entry) -> int | None:

@@ -85,23 +85,19 @@ def test_collectives(dtype):
         torch.testing.assert_close(gathered, torch.tensor([[1, 2, 3], [10, 20, 30]], dtype=dtype))
 
 
-def boundary(tp, dtype, with_norm, with_rider):
+def boundary(tp, dtype, with_norm, with_extra):
     g = torch.Generator().manual_seed(0)
     partials, residual, bias = (
         torch.randn(tp.size, 2, 1, 8, generator=g),
         *torch.randn(2, 2, 1, 8, generator=g),
     )
     norm = LayerNorm(8)
-    parts = torch.randn(2, tp.size + 1, 3, generator=g)  # the last is a share that nobody holds
-    rider = None
-    if with_rider:
-        rider = torch.zeros_like(parts)
-        rider[:, tp.rank] = parts[:, tp.rank]
+    extra = torch.full((3, 2), 1.0 + tp.rank, dtype=dtype) if with_extra else None
     before = residual.to(dtype)
     partial = partials[tp.rank].clone().to(dtype)
     with torch.inference_mode():
         total, x = reduce_residual_norm(
-            partial, before.clone(), bias[0, 0].to(dtype), norm.to(dtype) if with_norm else None, rider, tp=tp
+            partial, before.clone(), bias[0, 0].to(dtype), norm.to(dtype) if with_norm else None, extra, tp=tp
         )
         wanted = (residual + partials.sum(0) + bias[0, 0]).to(dtype)
         tolerance = 1e-5 if dtype == torch.float32 else 5e-2
@@ -109,18 +105,19 @@ def boundary(tp, dtype, with_norm, with_rider):
         torch.testing.assert_close(
             x, F.layer_norm(total, (8,)) if with_norm else total, atol=tolerance, rtol=tolerance
         )
-    if rider is not None:
-        assert torch.equal(rider[:, : tp.size], parts[:, : tp.size]) and not rider[:, tp.size :].any()
+    if extra is not None:
+        torch.testing.assert_close(extra, torch.full((3, 2), tp.size * (tp.size + 1) / 2, dtype=dtype))
     return total
 
 
-@pytest.mark.parametrize("with_rider", [False, True])
+@pytest.mark.parametrize("with_extra", [False, True])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_boundary_adds_the_bias_once(dtype, with_norm, with_rider):
-    first, second = run_ranks(2, boundary, dtype, with_norm, with_rider)
+def test_the_boundary_adds_the_bias_once(dtype, with_norm, with_extra):
+    first, second = run_ranks(2, boundary, dtype, with_norm, with_extra)
     torch.testing.assert_close(first, second, atol=0, rtol=0)
-    run_ranks(1, boundary, dtype, with_norm, with_rider)
+    if not with_extra:
+        run_ranks(1, boundary, dtype, with_norm, with_extra)
 
 
 class Stored:

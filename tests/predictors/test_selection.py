@@ -411,40 +411,6 @@ def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):
     assert named(chosen) == rows_of(mask_of(policy.units["mlp", 0], RESIDUAL, union=True))
 
 
-@pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
-def test_a_first_layer_that_is_split_rides_on_the_next_collective(overlap):
-    """Two ranks of three shares, the last of which nobody holds: they choose what the whole would."""
-    g = torch.Generator().manual_seed(7)
-    network = LowRank(*(torch.randn(s, generator=g) for s in ((6, 16), (37, 6), (37,))))
-    network.down[4:] = 0
-    whole = Unit("mlp", 1, Tap("mlp_in", 0), PackedLowRank(network, 8), threshold=0.5)
-    ranks = []
-    for rank in range(2):
-        unit = Unit("mlp", 1, whole.tap, PackedLowRank(network, 8).split(rank, 3), threshold=0.5)
-        assert unit.scorer.down.shape == (2, 16)
-        policy, log = Policy([unit], 2), []
-        policy.sides, policy.overlap = {"mlp": Side(log, "mlp")}, overlap
-        ranks.append((policy, log))
-    for _ in range(2):  # what the others sent last time does no harm
-        residual = torch.randn(3, 1, 16, generator=g)
-        riders = []
-        for policy, log in ranks:
-            log.clear()
-            policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
-            policy.observe(whole.tap, residual)
-            riders.append(policy.before_collective())
-            assert log == ([] if overlap == "none" else ["mlp begin", "main", "join mlp end"])
-            assert policy.before_collective() is None
-        for rank in range(2):
-            riders[1 - rank][:, rank] = riders[rank][:, rank]
-        expected = rows_of(mask_of(whole, residual, union=True))
-        for policy, log in ranks:
-            policy.observe(Tap("attn_in", 1), residual)
-            assert log[3:] == ([] if overlap == "none" else ["mlp begin", "main"])
-            assert named(policy.neurons(1, None)) == expected
-            assert log[5:] == ([] if overlap == "none" else ["join mlp end"])
-
-
 def test_a_pass_forgets_what_waits_for_a_collective(log):
     policy = in_a_step("collective")
     policy.observe(Tap("attn_in", 0), RESIDUAL)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from texts import ahead_on_a_rank, engine_of, on_a_rank, texts
+from texts import engine_of, on_a_rank, texts
 from torch.profiler import ProfilerActivity, profile
 
 from dejavu.parallel.groups import TPGroup
@@ -128,13 +128,3 @@ def test_two_gpus_replay_what_they_launch(on_two_gpus, case):
     first, second = on_two_gpus
     captured, eager = 2 * case, 2 * case + 1
     assert first[captured] == second[captured] == first[eager] == second[eager]
-
-
-@pytest.mark.multi_gpu
-def test_two_gpus_that_share_first_layers_choose_what_each_would():
-    first, second = run_ranks(2, ahead_on_a_rank, PROMPTS, cuda=True)
-    whole, shared = first[:3], first[3:]
-    assert [tokens for tokens, _ in shared] == [tokens for tokens, _ in whole]
-    assert [tokens for tokens, _ in second] == [tokens for tokens, _ in first]
-    for (_, density), (_, expected) in zip(shared, whole, strict=True):
-        assert density == pytest.approx(expected) and 0.2 < density["mlp"] < 0.9

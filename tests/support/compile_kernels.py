@@ -125,7 +125,6 @@ def every_collective(dtype, D, ranks=2, T=3):
     x, d = torch.zeros(T, D, dtype=dtype), torch.zeros(D, dtype=dtype)
     _reduce_residual_norm(x, inboxes, x, d, d, d, 1e-5, x, x)
     _reduce_residual_norm(x, inboxes, x, None, None, None, 1e-5, x, x)
-    _reduce_residual_norm(x, inboxes, x, d, d, d, 1e-5, x, x, torch.zeros(T, 8, 128))
     _reduce_residual_norm(x, inboxes, None, None, None, None, 0.0, x, None)
 
 
