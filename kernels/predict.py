@@ -316,9 +316,8 @@ def launch_down(
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
     hidden = torch.empty(B, r, dtype=dtype, device=device)
-    chosen = settings("down", _default_down_settings(D, B), r, D, down.dtype, B, device)
-    if beside and B == 1:
-        chosen = {"ROWS": 2, "BLOCK_D": min(1024, triton.next_power_of_2(D)), "num_warps": 4}
+    name, default = _name("down", B, beside), _default_down_settings(D, B, beside)
+    chosen = settings(name, default, r, D, down.dtype, B, device)
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
     kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
@@ -359,9 +358,8 @@ def launch_up(
     tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
     blocks, pdl = triton.cdiv(B, tokens), _overlaps(device, beside)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
-    chosen = settings("up", _default_up_settings(r, B), n, r, up.dtype, B, device)
-    if beside and B == 1:
-        chosen = {"ROWS": 8, "BLOCK_R": min(512, triton.next_power_of_2(r)), "num_warps": 4}
+    name, default = _name("up", B, beside), _default_up_settings(r, B, beside)
+    chosen = settings(name, default, n, r, up.dtype, B, device)
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
     kernel = _up_kernel[(_programs(row_blocks, device, beside), blocks)](
@@ -391,6 +389,11 @@ def launch_up(
     else:
         rows = chosen["ROWS"]
     launch_compact(mask, sizes, rows, ids, count, alive, tally, beside=beside)
+
+
+def _name(kernel: str, batch: int, beside: bool) -> str:
+    """By which the table of settings knows this use."""
+    return f"{kernel}_beside" if beside and batch == 1 else kernel
 
 
 def _programs(blocks: int, device: torch.device, beside: bool) -> int:
@@ -455,18 +458,19 @@ def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     launch_compact(mask, _sizes(mask), _PLACED, ids, count)
 
 
-def _default_down_settings(D: int, batch: int) -> Settings:
+def _default_down_settings(D: int, batch: int, beside: bool = False) -> Settings:
     """Sound for any shape: a few rows a program."""
     if batch > 1:
         return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
-    return {"ROWS": 2, "BLOCK_D": min(2048, triton.next_power_of_2(D)), "num_warps": 4}
+    return {"ROWS": 2, "BLOCK_D": min(1024 if beside else 2048, triton.next_power_of_2(D)), "num_warps": 4}
 
 
-def _default_up_settings(r: int, batch: int) -> Settings:
-    """Sound for any shape: 16 rows a program."""
+def _default_up_settings(r: int, batch: int, beside: bool = False) -> Settings:
+    """Sound for any shape: 16 rows a program; 8 beside others."""
     if batch > 1:
         return {"ROWS": 64, "BLOCK_R": min(max(triton.next_power_of_2(r), 16), 128), "num_warps": 4}
-    return {"ROWS": 16, "BLOCK_R": min(triton.next_power_of_2(r), 1024), "num_warps": 4}
+    rows, most = (8, 512) if beside else (16, 1024)
+    return {"ROWS": rows, "BLOCK_R": min(triton.next_power_of_2(r), most), "num_warps": 4}
 
 
 _op = register("predict", cuda=_predict, cpu=predict_reference, mutates={"ids", "count", "tally"})

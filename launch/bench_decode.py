@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import typer
 
+from dejavu.kernels.tuning import Settings, forget
 from dejavu.launch.options import AllReduce, OverlapOption, stderr
 from dejavu.parallel.groups import TPGroup, init_tp, pick_device
 from dejavu.profiles.baselines import measure_deepspeed, measure_hf
@@ -17,6 +18,7 @@ from dejavu.profiles.decode_plots import waterfall_page
 from dejavu.profiles.records import device_slug, write_record
 from dejavu.profiles.synthetic import Lookahead, synthetic_model
 from dejavu.profiles.timing import read_bandwidth
+from dejavu.profiles.tune import STEP_KERNELS, write_table
 from dejavu.runtime.config import parse_dtype, published_config
 
 ENGINES = ("dejavu", "hf", "hf-compile", "deepspeed")
@@ -43,6 +45,13 @@ def decode(
     overlap: OverlapOption = "tap",
     all_reduce: AllReduce = "auto",
     waterfall: Annotated[bool, typer.Option("--waterfall", help="The gains one by one, too.")] = False,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="First renews the launch settings of a kernel of sparse steps in this source tree: "
+            f"{', '.join(STEP_KERNELS)}. Several times."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the Markdown.")] = Path("results"),
     name: Annotated[str | None, typer.Option(help="Of the record; decode-DEVICE.")] = None,
 ) -> None:
@@ -58,6 +67,7 @@ def decode(
         ("predictor_bits", [str(predictor_bits)], ("8", "16")),
         ("dtype", [dtype], ("fp16", "bf16")),
         ("lookahead", [lookahead], get_args(Lookahead)),
+        ("tune", tune or [], tuple(STEP_KERNELS)),
     ):
         if unknown := [x for x in given if x not in known]:
             raise ValueError(f"{what}={unknown[0]!r} is unknown: use {', '.join(known)}")
@@ -70,6 +80,8 @@ def decode(
         raise ValueError(
             "tp_slice is of engine dejavu alone: the others would run another share of the model"
         )
+    if tune and ("dejavu" not in engines or max(batch or [1]) > 1):
+        raise ValueError("--tune is for sparse steps of one sequence of engine dejavu")
     if density_profile == "paper75" and max(batch or [1]) > 1:
         raise ValueError("density_profile=paper75 is one sequence's: for batches use union66b")
     if tp_slice:
@@ -110,6 +122,8 @@ def decode(
                     overlap=overlap,  # type: ignore[arg-type]  # Engine checks it
                     symm=all_reduce,
                 )
+                if tune and run is runs[0]:
+                    _tune(bench, tune)
                 keep({**row, "density_profile": density_profile} for row in bench.rows(policies, waterfall))
                 del bench
                 _give_back()
@@ -126,6 +140,23 @@ def decode(
         print(path)
     if dist.is_initialized():
         dist.barrier(group=tp.group)
+
+
+def _tune(bench: Bench, kernels: list[str]) -> None:
+    """Puts what makes steps shorter into the table, and on every rank to use."""
+    tp = bench.run.tp
+
+    def tell(kernel: str, settings: Settings | None, ms: float) -> None:
+        what = "in use" if settings is None else " ".join(f"{k} {v}" for k, v in settings.items())
+        stderr().print(f"{kernel}: {what}: {ms:.3f} ms", soft_wrap=True)
+        _give_back()
+
+    best = bench.tune(kernels, tell)
+    if tp.rank == 0:
+        write_table(best, tp.device)
+        stderr().print(f"{len(best)} of {len(kernels)} kernels have better settings: {', '.join(best)}")
+    tp.gather_objects(None)  # it is written
+    forget()
 
 
 def _run(

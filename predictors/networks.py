@@ -39,8 +39,8 @@ class LowRank(nn.Module):
 
 
 class PackedLowRank(nn.Module):
-    """A `LowRank` as decoding on a GPU reads it: fp16 weights, or int8 with a scale a row. Where the product of
-    its layers, in fp32, is less to read, that is the first layer, and the second does nothing (few heads).
+    """A `LowRank` as decoding on a GPU reads it: fp16 weights, or int8 with a scale a row. Where the product
+    of its layers is less to read, in fp32, it is the first layer, and the second does nothing (few heads).
 
     What scores above ``threshold`` is chosen. It lies on the device, so that it can move under a graph.
 
@@ -59,8 +59,7 @@ class PackedLowRank(nn.Module):
 
     def __init__(self, network: LowRank, bits: int) -> None:
         super().__init__()
-        down: Tensor = network.down
-        up: Tensor = network.up
+        down, up = network.down.data, network.up.data
         if not network.relu and len(up) * 32 < len(down) * bits:
             bits, down, up = 32, up.float() @ down.float(), torch.eye(len(up), device=up.device)
         for name, weight in (("down", down), ("up", up)):

@@ -3,7 +3,7 @@
 Shape legend: B batch, T cache length, N local heads, H head dim, L layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from dejavu.kernels.tuning import Settings
 from dejavu.parallel.collectives import all_reduce
 from dejavu.parallel.groups import TPGroup
 from dejavu.parallel.routes import reserve
 from dejavu.predictors.networks import PackedLowRank
 from dejavu.predictors.selection import KINDS, Kind, Overlap, Policy, Unit
+from dejavu.profiles.kernel_bench import DTYPES, Local
 from dejavu.profiles.synthetic import Lookahead, Taps, paper75, set_live_share, synthetic_policy, union66b
 from dejavu.profiles.timing import Decoded, StepClock, time_calls, time_decode
+from dejavu.profiles.tune import tune_steps
 from dejavu.runtime.cache import LAZY_BATCH
 from dejavu.runtime.config import OPTConfig
 from dejavu.runtime.decoding import Decoder, FillKV
@@ -158,6 +161,26 @@ class Bench:
             yield from self.waterfall()
         if "lossless" in policies:
             yield self.lossless()
+
+    def tune(
+        self, kernels: Sequence[str], on_trial: Callable[[str, Settings | None, float], None]
+    ) -> dict[str, Settings]:
+        """Better launch settings for sparse steps: see `tune_steps`. Every rank calls it."""
+        weights = {dtype: name for name, dtype in DTYPES.items()}
+        predictor = ("int8" if self.parts.bits == 8 else "fp16", self.rank)
+        local = Local(self.run.shape, self.run.tp.shares)
+        return tune_steps(self._step_ms, kernels, local, weights[self.run.dtype], predictor, on_trial)
+
+    def _step_ms(self) -> float:
+        """The mean of some sparse steps; the slowest rank's."""
+        decoding = _Decoding(self.run, self._engine(self._policy(self.parts), self.parts))
+        decoding.prefill()
+        for _ in range(min(4, self.run.new_tokens // 2)):
+            decoding.step()
+        steps = range(min(60, self.run.new_tokens // 2))
+        with torch.inference_mode():
+            ms = _mean_ms([_timed(self.run, decoding.step) for _ in steps])
+        return max(self.run.tp.gather_objects(ms))
 
     def dense(self) -> Row:
         """Our dense engine."""

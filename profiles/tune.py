@@ -3,6 +3,8 @@
 One kernel of an operation after the other: every candidate is timed inside the whole operation, which of one
 token comes behind a norm, as in a model: fc1 and QKV begin while that runs. The one with the smallest product
 of times over the densities stays. Many processes compile the candidates first.
+
+Or (`tune_steps`) inside whole steps, where a sum over ranks comes before and predictors run beside.
 """
 
 import json
@@ -32,7 +34,8 @@ _WAYS: dict[str, tuple[str, ...]] = {
 _FC1, _SUMS = ("ROWS", "BLOCK_D", "num_warps"), ("ROWS", "BLOCK_D", "num_warps", "STAGES")
 _QKV, _TOKENS = ("ROWS", "BLOCK_D", "num_warps", "num_stages"), ("BLOCK_T", "STAGES", "num_warps")
 _SUMS_16 = (
-    (8, 512, 4, 3), (8, 512, 4, 5), (16, 512, 4, 3), (16, 256, 4, 3), (32, 128, 4, 5), (64, 64, 4, 3)
+    (8, 512, 4, 3), (8, 512, 4, 5), (16, 512, 4, 3), (16, 256, 4, 3), (32, 128, 4, 5), (64, 64, 4, 3),
+    (64, 64, 4, 4),
 )  # fmt: skip
 _SUMS_8 = ((16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3), (16, 512, 4, 4))
 _FC1_16 = ((2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 4), (1, 4096, 4), (1, 8192, 4), (1, 16384, 4))
@@ -44,8 +47,7 @@ _QKV_16 = (
     (64, 256, 4, 3),
     (32, 128, 2, 4),
     (32, 256, 4, 5),
-    (16, 512, 4, 5),
-    (16, 512, 4, 7),
+    (64, 64, 4, 6),
 )
 # Of several tokens: tensor cores, so 16 rows and more.
 _SEVERAL_FC1 = ((16, 128, 4), (16, 256, 4), (32, 128, 4), (32, 256, 4), (64, 128, 4), (64, 64, 4))
@@ -58,19 +60,24 @@ _SEVERAL_SUMS = (
     (64, 128, 4, 4),
     (64, 64, 4, 4),
 )
+# Beside others small programs do better, and which is best they alone can say.
+_DOWN_BESIDE = ((2, 1024), (2, 512), (1, 2048), (4, 512), (2, 2048))
+_UP_BESIDE = ((8, 512), (16, 256), (4, 1024), (8, 256))
 _UP = ((8, 1024), (16, 1024), (32, 256), (32, 512), (16, 512), (64, 256))
 # By kernel and bytes of a weight (2: or more): names, values of all but the last, the last, its values.
 _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
-    ("fc1", 2): (_FC1, _FC1_16, "PROGRAMS", (8, 16)),
+    ("fc1", 2): (_FC1, _FC1_16, "PROGRAMS", (5, 8, 16)),
     ("fc1", 1): (_FC1, _FC1_8, "PROGRAMS", (4, 16)),
-    ("fc2", 2): (_SUMS, _SUMS_16, "SPLITS", (1, 8, 11, 16, 22, 33)),  # also divisors of 132 SMs and of 264
+    ("fc2", 2): (_SUMS, _SUMS_16, "SPLITS", (2, 4, 8, 11, 16, 22, 33)),  # also divisors of 132 SMs and 264
     ("fc2", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
-    ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (1, 4, 8, 11, 16)),
+    ("out_proj", 2): (_SUMS, _SUMS_16, "SPLITS", (1, 2, 4, 8, 11, 16)),
     ("out_proj", 1): (_SUMS, _SUMS_8, "SPLITS", (4, 8, 16)),
     ("qkv", 2): (_QKV, _QKV_16, "SPLITS", (1, 4, 8, 16)),
     ("attention", 2): (_TOKENS, ((16, 2, 2), (32, 2, 4), (64, 2, 4)), "SPLITS", (8, 16, 32)),
     ("down", 2): (("ROWS", "BLOCK_D"), ((1, 2048), (2, 1024), (2, 2048), (4, 2048)), "num_warps", (4, 8)),
     ("up", 2): (("ROWS", "BLOCK_R"), _UP, "num_warps", (4, 8)),
+    ("down_beside", 2): (("ROWS", "BLOCK_D"), _DOWN_BESIDE, "num_warps", (2, 4)),
+    ("up_beside", 2): (("ROWS", "BLOCK_R"), _UP_BESIDE, "num_warps", (2, 4)),
 }  # fmt: skip
 # The same for several tokens, of any width.
 _SEVERAL: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
@@ -85,6 +92,18 @@ _SEVERAL: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tup
 }  # fmt: skip
 # Kernels that compute all rows for one token are tried with what those of chosen rows are.
 _ALIKE = {"fc1_all": "fc1", "fc2_all": "fc2", "qkv_all": "fc1", "out_proj_all": "out_proj"}
+# What a sparse step of one sequence is made of, with the operation that each is part of.
+STEP_KERNELS = {
+    "qkv": "attention",
+    "attention": "attention",
+    "out_proj": "attention",
+    "fc1": "mlp",
+    "fc2": "mlp",
+    "down_beside": "predictor",
+    "up_beside": "predictor",
+}
+# By how much steps must be shorter for other settings to be taken: repeated means differ by a tenth of it.
+_PAYS = 0.002
 OnProgress = Callable[[int, int], None]
 
 
@@ -140,6 +159,44 @@ def tune(
     return best
 
 
+def tune_steps(
+    step_ms: Callable[[], float],
+    kernels: Sequence[str],
+    local: Local,
+    weights: str,
+    predictor: tuple[str, int],
+    on_trial: Callable[[str, Settings | None, float], None],
+) -> dict[str, Settings]:
+    """The settings that make whole steps shorter than those in use, by the table's keys.
+
+    Args:
+        step_ms: times some steps with what `override` has, the same number on every rank.
+        kernels: of `STEP_KERNELS`, one after the other; each is tuned beside what was found for those before.
+        predictor: weights and rank of the neurons' predictors.
+        on_trial: called with a kernel, what was tried (None: what is in use) and the time.
+    """
+    best: dict[str, Settings] = {}
+    for kernel in kernels:
+        of = predictor if STEP_KERNELS[kernel] == "predictor" else (weights, 0)
+        in_use = step_ms()
+        on_trial(kernel, None, in_use)
+        scored: list[tuple[float, int, Settings]] = []
+        for settings in _of_job(kernel, (local, *of), 1):
+            override[kernel] = settings
+            try:
+                ms = step_ms()
+            except OutOfResources:
+                ms = math.inf
+            scored.append((ms, len(scored), settings))
+            on_trial(kernel, settings, ms)
+        ms, _, settings = min(scored)
+        del override[kernel]
+        if ms < (1 - _PAYS) * in_use:
+            override[kernel] = best[_key(kernel, local, *of, 1)] = settings
+    override.clear()
+    return best
+
+
 def write_table(best: dict[str, Settings], device: torch.device) -> None:
     """Puts the entries into the table in the source tree."""
     table = json.loads(TABLE.read_text())
@@ -182,7 +239,7 @@ def crossing(rows: Sequence[Row]) -> float:
 
 def _columns(kernel: str, local: Local, rank: int) -> int:
     D, _, _, H = local.sizes
-    return {"attention": H, "up": rank}.get(kernel, D)
+    return {"attention": H, "up": rank, "up_beside": rank}.get(kernel, D)
 
 
 def _key(kernel: str, local: Local, weights: str, rank: int, batch: int) -> str:
@@ -197,7 +254,7 @@ def _key(kernel: str, local: Local, weights: str, rank: int, batch: int) -> str:
         "up": ffn,
     }
     dtype = torch.bfloat16 if kernel == "attention" else DTYPES[weights]
-    of = rows[kernel.removesuffix("_all")]
+    of = rows[kernel.removesuffix("_all").removesuffix("_beside")]
     return shape_key(kernel, of, _columns(kernel, local, rank), dtype, batch)
 
 

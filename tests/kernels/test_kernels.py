@@ -149,6 +149,15 @@ def test_many_steps_over_the_rows(batch, share, dtype, monkeypatch):
     check_mlp(batch, 40, 150, None if share == "all" else Draw(5).mask(150, p=share), dtype)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("block", [16, 64])
+def test_fc1_a_row_at_a_time(block, dtype, share, monkeypatch):
+    """Whose first id is read before and after the wait."""
+    monkeypatch.setitem(override, "fc1", {"ROWS": 1, "BLOCK_D": block, "PROGRAMS": 4, "num_warps": 4})
+    check_mlp(1, 40, 50, Draw(5).mask(50, p=share), dtype)
+
+
 @pytest.mark.parametrize("skip_zeros", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_lies_past_the_count_is_not_used(batch, skip_zeros, monkeypatch):

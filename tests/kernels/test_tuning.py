@@ -1,15 +1,25 @@
 """The table of launch settings that ships with the package."""
 
 import json
+import math
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from dejavu.kernels import predict, qkv, sparse_attention, sparse_mlp, weighted_rows
 from dejavu.kernels.device import row_settings
 from dejavu.kernels.tuning import TABLE, crossover, forget, override, settings, shape_key
 from dejavu.profiles.kernel_bench import DTYPES, SHAPES, Local
-from dejavu.profiles.tune import _key, candidates, crossing, write_crossovers, write_table
+from dejavu.profiles.tune import (
+    STEP_KERNELS,
+    _key,
+    candidates,
+    crossing,
+    tune_steps,
+    write_crossovers,
+    write_table,
+)
 
 CPU = torch.device("cpu")
 
@@ -27,6 +37,8 @@ def defaults(tokens=1):
         "attention": sparse_attention._default_attention_settings(32, CPU),
         "down": predict._default_down_settings(4096, tokens),
         "up": predict._default_up_settings(1024, tokens),
+        "down_beside": predict._default_down_settings(4096, tokens, beside=True),
+        "up_beside": predict._default_up_settings(1024, tokens, beside=True),
     }
 
 
@@ -45,7 +57,7 @@ def test_every_entry_has_the_settings_that_its_kernel_takes():
         (kernel, n)
         for kernel in defaults()
         for n in (1, 8)
-        if n == 1 or not (kernel == "attention" or kernel.endswith("_all"))
+        if n == 1 or not (kernel == "attention" or kernel.endswith(("_all", "_beside")))
     ],
 )
 def test_what_is_tried_has_the_settings_that_its_kernel_takes(kernel, tokens):
@@ -90,6 +102,38 @@ def test_one_token_has_settings_of_its_own_for_all_rows(monkeypatch, tokens, cho
     if tokens == 1:
         keys = [shape_key(name, 18432, 9216, torch.bfloat16) for name in names]
         assert [_key(name, Local("opt-66b", 2), "bf16", 0, 1) for name in names] == keys
+
+
+def test_steps_are_tuned_one_kernel_beside_the_ones_before():
+    """A step that takes what its kernels say: fc1 gains, fc2 by too little, and what does not fit is out."""
+    fc1, fc2, down = (
+        candidates(kernel, 9216, size) for kernel, size in (("fc1", 2), ("fc2", 2), ("down", 1))
+    )
+    times = {("fc1", 3): 0.9, ("fc2", 1): 0.9995, ("down_beside", 0): 0.95}
+    tried, seen = {"fc1": fc1, "fc2": fc2, "down_beside": candidates("down_beside", 9216, 1)}, []
+
+    def step_ms():
+        if override.get("fc2") == fc2[2]:
+            raise OutOfResources(300000, 232448, "shared memory")
+        in_use = {kernel: tried[kernel].index(s) for kernel, s in override.items()}
+        return 10 * math.prod(times.get(item, 1.0) for item in in_use.items())
+
+    best = tune_steps(
+        step_ms,
+        ["fc1", "fc2", "down_beside"],
+        Local("opt-66b", 2),
+        "bf16",
+        ("int8", 1024),
+        lambda *trial: seen.append(trial),
+    )
+    assert best == {
+        shape_key("fc1", 18432, 9216, torch.bfloat16): fc1[3],
+        shape_key("down_beside", 1024, 9216, torch.int8): tried["down_beside"][0],
+    }
+    assert not override and down
+    assert [ms for _, settings, ms in seen if settings is None] == pytest.approx([10, 9, 9])
+    assert ("fc2", fc2[2], math.inf) in seen and len(seen) == 3 + sum(map(len, tried.values()))
+    assert all(candidates(kernel, 1024, 2) for kernel in STEP_KERNELS)
 
 
 def test_a_crossover_is_the_tables_for_the_next_power_of_2(monkeypatch, tmp_path):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from command import dejavu
 
+from dejavu.kernels.tuning import forget, override
 from dejavu.launch import bench_decode
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.selection import Fixed
 from dejavu.profiles import decode_bench, timing
 from dejavu.profiles.decode_bench import Bench, Run
 from dejavu.profiles.synthetic import paper75, synthetic_model
+from dejavu.profiles.tune import candidates
 from dejavu.runtime.config import published_config
 from dejavu.runtime.decoding import Decoder
 from dejavu.runtime.opt import OPTModel
@@ -276,6 +278,29 @@ def test_a_slice_is_of_the_shares_that_are_asked_for(engines, monkeypatch, tmp_p
     assert "tp 8 on 1 GPU(s)" in err
 
 
+def test_settings_that_make_steps_shorter_go_into_the_table(engines, monkeypatch, tmp_path):
+    on_a_gpu(monkeypatch)
+    table = tmp_path / "table.json"
+    table.write_text("{}")
+    for module in ("dejavu.kernels.tuning", "dejavu.profiles.tune"):
+        monkeypatch.setattr(f"{module}.TABLE", table)
+    assert bench_of(new_tokens=8)._step_ms() == pytest.approx(SPARSE_MS)
+    good = candidates("fc1", 4096, 2)[4]
+    step_ms = Bench._step_ms
+    monkeypatch.setattr(Bench, "_step_ms", lambda self: step_ms(self) - (override.get("fc1") == good))
+    options = ["--policy", "sparse", "--new-tokens", 4, "--prompt-len", 5, "--predictor-rank", 8]
+    options += ["--tune", "fc1", "--tune", "up_beside", "--out", tmp_path, "--name", "tuned"]
+    status, _, err = dejavu("bench", "decode", *options)
+    assert status == 0 and not override
+    assert json.loads(table.read_text()) == {"cpu": {"fc1 16384x4096 16-bit": good}}
+    lines = err.splitlines()
+    assert "fc1: in use: 2.500 ms" in lines and "up_beside: in use: 1.500 ms" in lines
+    assert "1 of 2 kernels have better settings: fc1 16384x4096 16-bit" in lines
+    status, _, err = dejavu("bench", "decode", "--tune", "fc1", "--density-profile", "union66b", "--batch", 2)
+    assert_one_clear_line(status, err, "--tune is for sparse steps of one sequence of engine dejavu")
+    forget()
+
+
 def assert_one_clear_line(status, err, message):
     lines = err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
@@ -296,6 +321,7 @@ def assert_one_clear_line(status, err, message):
         (["--batch", "0"], "--batch"),
         (["--new-tokens", "1"], "--new-tokens"),
         (["--tp-slice", "-1"], "--tp-slice"),
+        (["--tune", "fc3"], "tune='fc3' is unknown: use qkv, attention, out_proj, fc1, fc2, down_beside"),
     ],
 )
 def test_options_that_are_wrong(options, message):
