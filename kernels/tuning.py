@@ -14,7 +14,7 @@ Settings = Mapping[str, int]
 TABLE = Path(__file__).with_name("tuned.json")
 CROSSOVERS = Path(__file__).with_name("crossover.json")
 
-# What is tried instead of the table while tuning: kernel's name to settings.
+# What is tried instead of the table while tuning: a kernel's name, or the table's key, to settings.
 override: dict[str, Settings] = {}
 
 
@@ -24,7 +24,8 @@ def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: tor
     for what it does not know, ``default``."""
     if kernel in override:
         return override[kernel]
-    return _table(device_key(device)).get(shape_key(kernel, rows, columns, dtype, batch), default)
+    key = shape_key(kernel, rows, columns, dtype, batch)
+    return override.get(key) or _table(device_key(device)).get(key, default)
 
 
 def variant(kernel: str, ids: torch.Tensor | None, tokens: int) -> str:

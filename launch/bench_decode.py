@@ -67,7 +67,7 @@ def decode(
         ("predictor_bits", [str(predictor_bits)], ("8", "16")),
         ("dtype", [dtype], ("fp16", "bf16")),
         ("lookahead", [lookahead], get_args(Lookahead)),
-        ("tune", tune or [], tuple(STEP_KERNELS)),
+        ("tune", tune or [], STEP_KERNELS),
     ):
         if unknown := [x for x in given if x not in known]:
             raise ValueError(f"{what}={unknown[0]!r} is unknown: use {', '.join(known)}")

@@ -92,16 +92,8 @@ _SEVERAL: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tup
 }  # fmt: skip
 # Kernels that compute all rows for one token are tried with what those of chosen rows are.
 _ALIKE = {"fc1_all": "fc1", "fc2_all": "fc2", "qkv_all": "fc1", "out_proj_all": "out_proj"}
-# What a sparse step of one sequence is made of, with the operation that each is part of.
-STEP_KERNELS = {
-    "qkv": "attention",
-    "attention": "attention",
-    "out_proj": "attention",
-    "fc1": "mlp",
-    "fc2": "mlp",
-    "down_beside": "predictor",
-    "up_beside": "predictor",
-}
+# What a sparse step of one sequence is made of; the predictors of neurons run beside the rest.
+STEP_KERNELS = ("qkv", "attention", "out_proj", "fc1", "fc2", "down_beside", "up_beside")
 # By how much steps must be shorter for other settings to be taken: repeated means differ by a tenth of it.
 _PAYS = 0.002
 OnProgress = Callable[[int, int], None]
@@ -177,12 +169,13 @@ def tune_steps(
     """
     best: dict[str, Settings] = {}
     for kernel in kernels:
-        of = predictor if STEP_KERNELS[kernel] == "predictor" else (weights, 0)
+        job = (local, *(predictor if kernel.endswith("_beside") else (weights, 0)))
+        key = _key(kernel, *job, 1)
         in_use = step_ms()
         on_trial(kernel, None, in_use)
         scored: list[tuple[float, int, Settings]] = []
-        for settings in _of_job(kernel, (local, *of), 1):
-            override[kernel] = settings
+        for settings in _of_job(kernel, job, 1):
+            override[key] = settings
             try:
                 ms = step_ms()
             except OutOfResources:
@@ -190,9 +183,9 @@ def tune_steps(
             scored.append((ms, len(scored), settings))
             on_trial(kernel, settings, ms)
         ms, _, settings = min(scored)
-        del override[kernel]
+        del override[key]
         if ms < (1 - _PAYS) * in_use:
-            override[kernel] = best[_key(kernel, local, *of, 1)] = settings
+            override[key] = best[key] = settings
     override.clear()
     return best
 

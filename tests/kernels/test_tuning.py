@@ -76,7 +76,10 @@ def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch,
     assert settings(*wanted) == {"ROWS": 8}  # of any 16-bit type
     assert settings("fc1", {"ROWS": 2}, 64, 48, torch.float16, 1, CPU) == {"ROWS": 2}
     assert settings("fc1", {"ROWS": 2}, 64, 32, torch.float16, 3, CPU) == {"ROWS": 2}  # several tokens
-    monkeypatch.setitem(override, "fc1", {"ROWS": 1})
+    monkeypatch.setitem(override, shape_key("fc1", 64, 32, torch.bfloat16), {"ROWS": 4})
+    assert settings(*wanted) == {"ROWS": 4}
+    assert settings("fc1", {"ROWS": 2}, 64, 48, torch.float16, 1, CPU) == {"ROWS": 2}
+    monkeypatch.setitem(override, "fc1", {"ROWS": 1})  # of all shapes
     assert settings(*wanted) == {"ROWS": 1}
     monkeypatch.undo()
     forget()
@@ -106,33 +109,26 @@ def test_one_token_has_settings_of_its_own_for_all_rows(monkeypatch, tokens, cho
 
 def test_steps_are_tuned_one_kernel_beside_the_ones_before():
     """A step that takes what its kernels say: fc1 gains, fc2 by too little, and what does not fit is out."""
-    fc1, fc2, down = (
-        candidates(kernel, 9216, size) for kernel, size in (("fc1", 2), ("fc2", 2), ("down", 1))
-    )
-    times = {("fc1", 3): 0.9, ("fc2", 1): 0.9995, ("down_beside", 0): 0.95}
-    tried, seen = {"fc1": fc1, "fc2": fc2, "down_beside": candidates("down_beside", 9216, 1)}, []
+    local, seen = Local("opt-66b", 2), []
+    keys = [_key(*of, 1) for of in (
+        ("fc1", local, "bf16", 0), ("fc2", local, "bf16", 0), ("down_beside", local, "int8", 1024)
+    )]  # fmt: skip
+    assert keys[2] == shape_key("down_beside", 1024, 9216, torch.int8)
+    tried = dict(zip(keys, (candidates(key.split()[0], 9216, 2) for key in keys), strict=True))
+    times = {(keys[0], 3): 0.9, (keys[1], 1): 0.9995, (keys[2], 0): 0.95}
 
     def step_ms():
-        if override.get("fc2") == fc2[2]:
+        in_use = [(key, tried[key].index(settings)) for key, settings in override.items()]
+        if (keys[1], 2) in in_use:
             raise OutOfResources(300000, 232448, "shared memory")
-        in_use = {kernel: tried[kernel].index(s) for kernel, s in override.items()}
-        return 10 * math.prod(times.get(item, 1.0) for item in in_use.items())
+        return 10 * math.prod(times.get(item, 1.0) for item in in_use)
 
-    best = tune_steps(
-        step_ms,
-        ["fc1", "fc2", "down_beside"],
-        Local("opt-66b", 2),
-        "bf16",
-        ("int8", 1024),
-        lambda *trial: seen.append(trial),
-    )
-    assert best == {
-        shape_key("fc1", 18432, 9216, torch.bfloat16): fc1[3],
-        shape_key("down_beside", 1024, 9216, torch.int8): tried["down_beside"][0],
-    }
-    assert not override and down
+    kernels = [key.split()[0] for key in keys]
+    best = tune_steps(step_ms, kernels, local, "bf16", ("int8", 1024), lambda *trial: seen.append(trial))
+    assert best == {keys[0]: tried[keys[0]][3], keys[2]: tried[keys[2]][0]} and not override
     assert [ms for _, settings, ms in seen if settings is None] == pytest.approx([10, 9, 9])
-    assert ("fc2", fc2[2], math.inf) in seen and len(seen) == 3 + sum(map(len, tried.values()))
+    assert ("fc2", tried[keys[1]][2], math.inf) in seen
+    assert len(seen) == 3 + sum(map(len, tried.values()))
     assert all(candidates(kernel, 1024, 2) for kernel in STEP_KERNELS)
 
 
