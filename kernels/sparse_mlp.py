@@ -95,7 +95,9 @@ def _scaled(weight: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
 def _named(ids_ptr, count_ptr, k, F):
     """The row that the entry ``k`` names; negative past the count. In bounds whatever lies there, and past
     the first-level cache: it may be read before it is written, and then again. A scalar: a block of them the
-    compiler may load once for the weights and once to compare, with other ids written in between."""
+    compiler may load once for the weights and once to compare, with other ids written in between. (Each
+    thread reads it for itself, so threads may see different ones, and each is right about its own weights.)
+    """
     count = tl.minimum(tl.load(count_ptr, volatile=True), F)
     row = tl.load(ids_ptr + k, mask=k < count, other=-1, volatile=True)
     return tl.where(row < F, row, -1)
@@ -134,8 +136,9 @@ def _fc1_kernel(
     h_ptr += s.to(tl.int64) * T * F
     t = tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
-    # Chosen rows are few, one or none a program: their first weights come while the predecessor runs. Where
-    # each program has several rows, that and loading a block ahead made it slower (OPT-6.7B: 2% of a step).
+    # Chosen rows are few, one or none a program: the first weights of a row come while the predecessor runs,
+    # those of several rows right behind the wait, and the next block's while one is summed. Over all rows
+    # that made it slower (OPT-6.7B: 2% of a step).
     AHEAD: tl.constexpr = HAS_IDS and TOKENS == 1
     EARLY: tl.constexpr = AHEAD and ROWS == 1
     if HAS_IDS:

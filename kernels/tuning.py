@@ -1,6 +1,7 @@
 """Launch settings: a small table per GPU and shape that ships with the package, and defaults for all else.
 
-`dejavu bench mlp --tune` (and ``attention``, ``predictor``) renews the entries of the GPU it runs on.
+`dejavu bench mlp --tune` (and ``attention``, ``predictor``) renews the entries of the GPU it runs on,
+`dejavu bench decode --tune` those of one kernel in whole steps.
 """
 
 import json
@@ -16,6 +17,8 @@ CROSSOVERS = Path(__file__).with_name("crossover.json")
 
 # What is tried instead of the table while tuning: a kernel's name, or the table's key, to settings.
 override: dict[str, Settings] = {}
+# The keys among them that a launch has asked for.
+asked: set[str] = set()
 
 
 def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: torch.dtype, batch: int,
@@ -25,7 +28,10 @@ def settings(kernel: str, default: Settings, rows: int, columns: int, dtype: tor
     if kernel in override:
         return override[kernel]
     key = shape_key(kernel, rows, columns, dtype, batch)
-    return override.get(key) or _table(device_key(device)).get(key, default)
+    if key in override:
+        asked.add(key)
+        return override[key]
+    return _table(device_key(device)).get(key, default)
 
 
 def variant(kernel: str, ids: torch.Tensor | None, tokens: int) -> str:

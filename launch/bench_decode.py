@@ -143,7 +143,7 @@ def decode(
 
 
 def _tune(bench: Bench, kernels: list[str]) -> None:
-    """Puts what makes steps shorter into the table, and on every rank to use."""
+    """Puts what makes steps shorter into the table, which the ranks of one node share."""
     tp = bench.run.tp
 
     def tell(kernel: str, settings: Settings | None, ms: float) -> None:
@@ -152,11 +152,10 @@ def _tune(bench: Bench, kernels: list[str]) -> None:
         _give_back()
 
     best = bench.tune(kernels, tell)
-    if tp.rank == 0:
-        write_table(best, tp.device)
-        stderr().print(f"{len(best)} of {len(kernels)} kernels have better settings: {', '.join(best)}")
-    tp.gather_objects(None)  # it is written
+    tp.agree(lambda: write_table(best, tp.device) if tp.rank == 0 else None)
     forget()
+    stderr().print(f"{len(best)} of {len(set(kernels))} kernels have better settings: "
+                   f"{', '.join(best) or 'the table stays'}", soft_wrap=True)  # fmt: skip
 
 
 def _run(

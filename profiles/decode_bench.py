@@ -173,13 +173,13 @@ class Bench:
 
     def _step_ms(self) -> float:
         """The mean of some sparse steps; the slowest rank's."""
+        alive = self.run.new_tokens - 1  # the first is the prefill's
         decoding = _Decoding(self.run, self._engine(self._policy(self.parts), self.parts))
         decoding.prefill()
-        for _ in range(min(4, self.run.new_tokens // 2)):
+        warm = min(4, alive // 2)
+        for _ in range(warm):
             decoding.step()
-        steps = range(min(60, self.run.new_tokens // 2))
-        with torch.inference_mode():
-            ms = _mean_ms([_timed(self.run, decoding.step) for _ in steps])
+        ms = _mean_ms([_timed(self.run, decoding.step) for _ in range(min(60, alive - warm))])
         return max(self.run.tp.gather_objects(ms))
 
     def dense(self) -> Row:
@@ -228,9 +228,9 @@ class Bench:
 
     def _policy(self, parts: Parts) -> Policy:
         """The units that ``parts`` has; thresholds are set once for each width of the weights."""
-        if not self._policies:
+        if missing := self._widths - self._policies.keys():
             taps = _dense_taps(self.run, self.model)
-            for bits in self._widths:
+            for bits in missing:
                 self._policies[bits] = synthetic_policy(
                     self.model, self.profile, taps, rank=self.rank, bits=bits, lookahead=self.lookahead
                 )

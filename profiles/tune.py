@@ -21,7 +21,16 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from dejavu.kernels.residual_norm import residual_norm
-from dejavu.kernels.tuning import CROSSOVERS, TABLE, Settings, device_key, forget, override, shape_key
+from dejavu.kernels.tuning import (
+    CROSSOVERS,
+    TABLE,
+    Settings,
+    asked,
+    device_key,
+    forget,
+    override,
+    shape_key,
+)
 from dejavu.profiles.kernel_bench import DTYPES, AttentionCase, Bench, Local, MLPCase, PredictorCase, Row
 from dejavu.profiles.records import write_file
 from dejavu.profiles.timing import Call, time_calls
@@ -166,27 +175,38 @@ def tune_steps(
         kernels: of `STEP_KERNELS`, one after the other; each is tuned beside what was found for those before.
         predictor: weights and rank of the neurons' predictors.
         on_trial: called with a kernel, what was tried (None: what is in use) and the time.
+
+    Raises:
+        ValueError: the steps take no settings of a kernel.
     """
     best: dict[str, Settings] = {}
-    for kernel in kernels:
-        job = (local, *(predictor if kernel.endswith("_beside") else (weights, 0)))
-        key = _key(kernel, *job, 1)
-        in_use = step_ms()
-        on_trial(kernel, None, in_use)
-        scored: list[tuple[float, int, Settings]] = []
-        for settings in _of_job(kernel, job, 1):
-            override[key] = settings
-            try:
-                ms = step_ms()
-            except OutOfResources:
-                ms = math.inf
-            scored.append((ms, len(scored), settings))
-            on_trial(kernel, settings, ms)
-        ms, _, settings = min(scored)
-        del override[key]
-        if ms < (1 - _PAYS) * in_use:
-            override[key] = best[key] = settings
-    override.clear()
+    try:
+        for kernel in dict.fromkeys(kernels):
+            job = (local, *(predictor if kernel.endswith("_beside") else (weights, 0)))
+            key = _key(kernel, *job, 1)
+            in_use = step_ms()
+            on_trial(kernel, None, in_use)
+            scored: list[tuple[float, int, Settings]] = []
+            asked.discard(key)
+            for settings in _of_job(kernel, job, 1):
+                override[key] = settings
+                try:
+                    ms = step_ms()
+                except OutOfResources:
+                    ms = math.inf
+                if key not in asked:
+                    raise ValueError(
+                        f"--tune {kernel}: these steps take none of its settings (attention over a short "
+                        "cache has its own; predictors on the main stream run beside nothing)"
+                    )
+                scored.append((ms, len(scored), settings))
+                on_trial(kernel, settings, ms)
+            ms, _, settings = min(scored)
+            del override[key]
+            if ms < (1 - _PAYS) * in_use:
+                override[key] = best[key] = settings
+    finally:
+        override.clear()
     return best
 
 

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from dejavu.kernels.predict import _compact, compact, predict, predict_reference
 from dejavu.kernels.sparse_attention import sparse_attention, sparse_attention_reference
 from dejavu.kernels.sparse_mlp import sparse_mlp, sparse_mlp_reference
+from dejavu.kernels.tuning import override, shape_key
 from dejavu.predictors.networks import LowRank, PackedLowRank
 from dejavu.predictors.selection import Policy, Tap, Unit
 from dejavu.profiles.kernel_bench import DTYPES, random_ids, random_weight
@@ -61,8 +62,10 @@ def test_mlp(D, ffn, N, H, weights, batch, record_property):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_ids_that_the_kernel_right_before_writes(batch):
+def test_ids_that_the_kernel_right_before_writes(batch, monkeypatch):
     D, ffn = 4096, 16384
+    a_row_a_program = {"ROWS": 1, "BLOCK_D": 4096, "PROGRAMS": 16, "num_warps": 4}  # which reads ids early
+    monkeypatch.setitem(override, shape_key("fc1", ffn, D, torch.bfloat16), a_row_a_program)
     fc1, fc2 = (random_weight((ffn, D), torch.bfloat16, CUDA) for _ in range(2))
     x = torch.randn(batch, 1, D, device=CUDA, dtype=torch.bfloat16)
     masks = [torch.rand(1, ffn, device=CUDA) < share for share in (0.1, 0.3, 0.001)]

@@ -9,7 +9,7 @@ from triton.runtime.errors import OutOfResources
 
 from dejavu.kernels import predict, qkv, sparse_attention, sparse_mlp, weighted_rows
 from dejavu.kernels.device import row_settings
-from dejavu.kernels.tuning import TABLE, crossover, forget, override, settings, shape_key
+from dejavu.kernels.tuning import TABLE, asked, crossover, forget, override, settings, shape_key
 from dejavu.profiles.kernel_bench import DTYPES, SHAPES, Local
 from dejavu.profiles.tune import (
     STEP_KERNELS,
@@ -77,7 +77,7 @@ def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch,
     assert settings("fc1", {"ROWS": 2}, 64, 48, torch.float16, 1, CPU) == {"ROWS": 2}
     assert settings("fc1", {"ROWS": 2}, 64, 32, torch.float16, 3, CPU) == {"ROWS": 2}  # several tokens
     monkeypatch.setitem(override, shape_key("fc1", 64, 32, torch.bfloat16), {"ROWS": 4})
-    assert settings(*wanted) == {"ROWS": 4}
+    assert settings(*wanted) == {"ROWS": 4} and "fc1 64x32 16-bit" in asked
     assert settings("fc1", {"ROWS": 2}, 64, 48, torch.float16, 1, CPU) == {"ROWS": 2}
     monkeypatch.setitem(override, "fc1", {"ROWS": 1})  # of all shapes
     assert settings(*wanted) == {"ROWS": 1}
@@ -118,18 +118,27 @@ def test_steps_are_tuned_one_kernel_beside_the_ones_before():
     times = {(keys[0], 3): 0.9, (keys[1], 1): 0.9995, (keys[2], 0): 0.95}
 
     def step_ms():
+        asked.update(override)
         in_use = [(key, tried[key].index(settings)) for key, settings in override.items()]
         if (keys[1], 2) in in_use:
             raise OutOfResources(300000, 232448, "shared memory")
         return 10 * math.prod(times.get(item, 1.0) for item in in_use)
 
-    kernels = [key.split()[0] for key in keys]
+    kernels = [key.split()[0] for key in (keys[0], *keys)]  # one of them twice
     best = tune_steps(step_ms, kernels, local, "bf16", ("int8", 1024), lambda *trial: seen.append(trial))
     assert best == {keys[0]: tried[keys[0]][3], keys[2]: tried[keys[2]][0]} and not override
     assert [ms for _, settings, ms in seen if settings is None] == pytest.approx([10, 9, 9])
     assert ("fc2", tried[keys[1]][2], math.inf) in seen
     assert len(seen) == 3 + sum(map(len, tried.values()))
     assert all(candidates(kernel, 1024, 2) for kernel in STEP_KERNELS)
+
+
+def test_what_steps_do_not_take_is_not_tuned():
+    trials = []
+    with pytest.raises(ValueError, match="--tune attention: these steps take none of its settings"):
+        tune_steps(lambda: 1.0, ["attention"], Local("opt-66b", 2), "bf16", ("int8", 1024),
+                   lambda *trial: trials.append(trial))  # fmt: skip
+    assert not override and trials == [("attention", None, 1.0)]
 
 
 def test_a_crossover_is_the_tables_for_the_next_power_of_2(monkeypatch, tmp_path):

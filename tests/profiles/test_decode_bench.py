@@ -11,7 +11,7 @@ import pytest
 import torch
 from command import dejavu
 
-from dejavu.kernels.tuning import forget, override
+from dejavu.kernels.tuning import asked, forget, override
 from dejavu.launch import bench_decode
 from dejavu.parallel.groups import TPGroup
 from dejavu.predictors.selection import Fixed
@@ -284,10 +284,14 @@ def test_settings_that_make_steps_shorter_go_into_the_table(engines, monkeypatch
     table.write_text("{}")
     for module in ("dejavu.kernels.tuning", "dejavu.profiles.tune"):
         monkeypatch.setattr(f"{module}.TABLE", table)
-    assert bench_of(new_tokens=8)._step_ms() == pytest.approx(SPARSE_MS)
     good = candidates("fc1", 4096, 2)[4]
     step_ms = Bench._step_ms
-    monkeypatch.setattr(Bench, "_step_ms", lambda self: step_ms(self) - (good in override.values()))
+
+    def with_kernels(self):  # there are none on the CPU
+        asked.update(override)
+        return step_ms(self) - (good in override.values())
+
+    monkeypatch.setattr(Bench, "_step_ms", with_kernels)
     options = ["--policy", "sparse", "--new-tokens", 4, "--prompt-len", 5, "--predictor-rank", 8]
     options += ["--tune", "fc1", "--tune", "up_beside", "--out", tmp_path, "--name", "tuned"]
     status, _, err = dejavu("bench", "decode", *options)
@@ -299,6 +303,12 @@ def test_settings_that_make_steps_shorter_go_into_the_table(engines, monkeypatch
     status, _, err = dejavu("bench", "decode", "--tune", "fc1", "--density-profile", "union66b", "--batch", 2)
     assert_one_clear_line(status, err, "--tune is for sparse steps of one sequence of engine dejavu")
     forget()
+
+
+def test_a_waterfall_follows_what_was_tuned(engines):
+    bench = bench_of(new_tokens=3)
+    assert bench._step_ms() == pytest.approx(SPARSE_MS)
+    assert len(list(bench.rows(["sparse"], True))) > 10
 
 
 def assert_one_clear_line(status, err, message):
