@@ -103,6 +103,12 @@ def _named(ids_ptr, count_ptr, k, F):
     return tl.where(row < F, row, -1)
 
 
+@triton.jit
+def _weights_ahead(weight_ptr, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first weights of ``rows [ROWS]``, of those that are not negative."""
+    return first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=["T", "F"])
 def _fc1_kernel(
     x_ptr,
@@ -146,7 +152,7 @@ def _fc1_kernel(
     if EARLY:
         before = _named(ids_ptr, count_ptr + s, tl.program_id(0), F)
         rows = tl.full([ROWS], before, tl.int32)
-        early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+        early = _weights_ahead(weight_ptr, rows, D, BLOCK_D)
     wait_for_predecessor(PDL)
     count = F
     if HAS_IDS:
@@ -155,11 +161,11 @@ def _fc1_kernel(
         now = _named(ids_ptr, count_ptr + s, tl.program_id(0), F)
         if now != before:
             rows = tl.full([ROWS], now, tl.int32)
-            early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+            early = _weights_ahead(weight_ptr, rows, D, BLOCK_D)
     elif AHEAD:
         k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         rows = tl.load(ids_ptr + k, mask=k < count, other=-1)
-        early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+        early = _weights_ahead(weight_ptr, rows, D, BLOCK_D)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         k = first + tl.arange(0, ROWS)
         chosen = k < count
@@ -174,7 +180,7 @@ def _fc1_kernel(
             if AHEAD:
                 further = k + tl.num_programs(0) * ROWS
                 this, rows = early, tl.load(ids_ptr + further, mask=further < count, other=-1)
-                early = first_weights(weight_ptr + rows.to(tl.int64) * D, rows >= 0, D, BLOCK_D)
+                early = _weights_ahead(weight_ptr, rows, D, BLOCK_D)
             else:
                 this = first_weights(row_ptr, chosen, D, BLOCK_D)
             h = row_products(this, row_ptr, chosen, x_ptr, D, BLOCK_D)[:, None]

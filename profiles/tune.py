@@ -252,7 +252,7 @@ def crossing(rows: Sequence[Row]) -> float:
 
 def _columns(kernel: str, local: Local, rank: int) -> int:
     D, _, _, H = local.sizes
-    return {"attention": H, "up": rank, "up_beside": rank}.get(kernel, D)
+    return {"attention": H, "up": rank}.get(kernel.removesuffix("_beside"), D)
 
 
 def _key(kernel: str, local: Local, weights: str, rank: int, batch: int) -> str:
