@@ -1,1 +1,7 @@
 """The doors: the `dejavu` command and the embedded demo model."""
+
+import os
+
+# Before torch is imported, which reads it then: of a connection that ends, torch would print a page, in ranks and
+# launchers. What there is to say of it, `dejavu.parallel.watchdog` and `dejavu.launch.ranks` say.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -63,8 +63,7 @@ def launch(arguments: list[str]) -> int:
     except socket.gaierror as e:  # torchrun would try it for a quarter of an hour
         raise ValueError(f"cannot meet the other nodes at {host}: {e.strerror}") from None
     logging.disable(logging.ERROR)  # torchrun's own account of it
-    of_ranks = {LAUNCHED: "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | NCCL_SETTINGS
-    for name, value in of_ranks.items():
+    for name, value in ({LAUNCHED: "1"} | NCCL_SETTINGS).items():
         os.environ.setdefault(name, value)
     args.signals_to_handle = _OF_TORCHRUN  # newer versions of torch set the variable from it
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _OF_TORCHRUN

@@ -4,7 +4,7 @@
 # same folder. Set by the user, all of it optional: DEJAVU_RESULTS (the folder of all jobs), DEJAVU_RANKS (ranks
 # a node; by default its GPUs, or one), DEJAVU_REQUEUES (how often a job may be told to stop and go on; 20).
 set -euo pipefail
-export PYTHONSAFEPATH=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+export PYTHONSAFEPATH=1
 
 # an array's task has a number of its own, but for one of them, which has the whole array's
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

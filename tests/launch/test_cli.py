@@ -260,18 +260,36 @@ def test_launch_serves_a_stream_on_two_ranks(options):
     check_answers(answers(run.stdout))
 
 
-def test_two_nodes_are_two_stages(dejavu):
+# A node's launcher that looks for the other's end late: the store on the first node has gone with it by then.
+LATE = """
+import time
+from dejavu.launch import cli
+from torch.distributed.elastic.utils import store
+
+def late(*args, check_in=store._barrier_nonblocking, **kwargs):
+    key = check_in(*args, **kwargs)
+    time.sleep(2)
+    return key
+
+store._barrier_nonblocking = late
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("second", [("-m", "dejavu.launch.cli"), ("-c", LATE)], ids=["on time", "late"])
+def test_two_nodes_are_two_stages(dejavu, monkeypatch, second):
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
     generate = ("generate", "--prompt", "The old man", "--max-new-tokens", 10, *CPU)
-    command = [sys.executable, "-m", "dejavu.launch.cli", "launch", "--nnodes", "2", "--nproc-per-node", "1"]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    options = ["launch", "--nnodes", "2", "--nproc-per-node", "1"]
+    options += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     nodes = [
         subprocess.Popen(
-            [*command, "--node-rank", str(node), *map(str, generate), "--pp", "2"],
+            [sys.executable, *program, *options, "--node-rank", str(node), *map(str, generate), "--pp", "2"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for node in range(2)
+        for node, program in enumerate([("-m", "dejavu.launch.cli"), second])
     ]
     (out, err), others = (node.communicate() for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0]
