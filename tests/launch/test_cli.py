@@ -278,7 +278,7 @@ cli.main()
 
 @pytest.mark.parametrize("second", [("-m", "dejavu.launch.cli"), ("-c", LATE)], ids=["on time", "late"])
 def test_two_nodes_are_two_stages(dejavu, monkeypatch, second):
-    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")  # of this process, which has imported `dejavu.launch`
     generate = ("generate", "--prompt", "The old man", "--max-new-tokens", 10, *CPU)
     options = ["launch", "--nnodes", "2", "--nproc-per-node", "1"]
     options += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
