@@ -451,10 +451,7 @@ def test_launch_names_the_rank_that_hangs(device):
 
 def test_without_a_launcher_the_survivor_says_that_it_lost_a_rank():
     with contextlib.ExitStack() as stack:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         command = [sys.executable, "-m", "dejavu.launch.cli", *aloud("cpu")]
         second = stack.enter_context(subprocess.Popen(command, env={**os.environ, **place, "RANK": "1"}))
         first = stack.enter_context(generating(**place, RANK="0"))
@@ -490,9 +487,7 @@ def test_launch_says_what_the_first_rank_to_fail_has_noted(tmp_path, monkeypatch
     ("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGUSR1, PREEMPTED), (signal.SIGINT, 130)]
 )
 def test_launch_that_is_told_while_it_waits_for_other_nodes(number, status):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     where = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(port))
     command = [sys.executable, "-m", "dejavu.launch.cli", "launch", *where, *aloud("cpu")]
     # a shell's background jobs ignore Ctrl-C, as would all that they start
