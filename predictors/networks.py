@@ -63,7 +63,7 @@ class PackedLowRank(nn.Module):
         if not network.relu and len(up) * 32 < len(down) * bits:
             bits, down, up = 32, up.float() @ down.float(), torch.eye(len(up), device=up.device)
         for name, weight in (("down", down), ("up", up)):
-            data, scale = _int8(weight) if bits == 8 else (weight.half() if bits == 16 else weight, None)
+            data, scale = _stored(weight, bits)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
             self.register_buffer(f"{name}_scale", scale)
         self.bias = nn.Parameter(network.bias.float(), requires_grad=False)
@@ -119,10 +119,12 @@ class PackedLowRank(nn.Module):
         return weight if scale is None else weight * scale
 
 
-def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix's codes and the scale of each row, fp32 ``[n, 1]``."""
-    scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return (weight / scale).round().to(torch.int8), scale
+def _stored(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """A matrix in 8 bits, with the scale of each row in fp32 ``[n, 1]``, in 16, or as it is."""
+    if bits == 8:
+        scale = weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return (weight / scale).round().to(torch.int8), scale
+    return (weight.half() if bits == 16 else weight), None
 
 
 class Rows(nn.Module):
