@@ -52,6 +52,20 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def dp4a(a, b):
+    """Products of words of four signed bytes, each the sum of four: exact, in ``int32``."""
+    if _INTERPRETED:
+        total = a * 0 + b * 0
+        for i in tl.static_range(4):
+            total += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+    else:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return total
+
+
+@triton.jit
 def first_weights(row_ptr, chosen, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The first weights of rows, ``[ROWS, BLOCK_D]``, of those that are chosen; for `row_products`."""
     cols = tl.arange(0, BLOCK_D)

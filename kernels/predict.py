@@ -15,6 +15,7 @@ from torch import Tensor
 from dejavu.kernels.device import (
     MAX_TOKENS,
     dot,
+    dp4a,
     has_pdl,
     launched_early,
     num_sms,
@@ -27,11 +28,14 @@ from dejavu.kernels.registration import register
 from dejavu.kernels.tuning import Settings, settings
 
 _EPS = 1e-5
+# Steps into which the largest of some numbers is divided, to multiply them by 8-bit weights as whole numbers
+# of 23 bits: no less exact than in fp32, where converting the weights takes most of the time.
+_STEPS = tl.constexpr(63.0 * 65536)
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
 # Programs on each multiprocessor of a predictor that runs beside other work. Fewer leave others more room but
-# take too long for a short layer. (OPT-175B's eighth on two H200, a layer ahead: with 1, 2, 3 for the neurons
-# a step takes 8.18, 7.77 and 7.66 ms; with a stream for each kind 7.69, 7.45 and 7.58.)
+# take too long for a short layer. (OPT-66B on two H200, half a layer ahead: a step takes 8.42, 7.68 and 8.05
+# ms with 1, 2, 3 for the neurons; the eighth of OPT-175B, a layer ahead, with 1 and 2 the same within 1%.)
 _BESIDE = 2
 
 
@@ -82,6 +86,39 @@ def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     count.copy_(mask.sum(-1))
 
 
+@triton.jit
+def _fixed(x):
+    """``x fp32[N, 4]`` as whole numbers of 23 bits, ``(256 * (256 * high + middle) + low) * step``: the high,
+    middle and low bytes (signed) of each four in a word, ``int32[N]``."""
+    peak = tl.max(tl.abs(x))
+    # Added to a float of less than 2 ** 22 this leaves the nearest whole number in its lowest bits; and with
+    # 128 more a byte, no byte takes from the next.
+    bits = (x * tl.where(peak > 0, _STEPS / peak, 0.0) + 12582912.0).to(tl.int32, bitcast=True)
+    signed = (bits - 0x4B400000 + 0x808080) ^ 0x808080
+    place = 8 * tl.arange(0, 4)[None, :]
+    low = tl.sum((signed & 255) << place, 1)
+    middle = tl.sum(((signed >> 8) & 255) << place, 1)
+    high = tl.sum(((signed >> 16) & 255) << place, 1)
+    return high, middle, low, peak / _STEPS
+
+
+@triton.jit
+def _fixed_products(words, high, middle, low, step):
+    """Rows of 8-bit weights, four a word, ``int32[ROWS, N]``, times what `_fixed` made: fp32 ``[ROWS]``."""
+    total = tl.sum(dp4a(words, high[None, :]), 1).to(tl.float32) * 65536
+    total += tl.sum(dp4a(words, middle[None, :]), 1).to(tl.float32) * 256
+    total += tl.sum(dp4a(words, low[None, :]), 1).to(tl.float32)
+    return total * step
+
+
+@triton.jit
+def _words(weight_ptr, k, N, C, BLOCK: tl.constexpr):
+    """The rows ``k`` of ``int32[N, C]``."""
+    cols = tl.arange(0, BLOCK)
+    there = (k < N)[:, None] & (cols < C)[None, :]
+    return tl.load(weight_ptr + k.to(tl.int64)[:, None] * C + cols[None, :], mask=there, other=0)
+
+
 @triton.jit(do_not_specialize=["T", "R"])
 def _down_kernel(
     x_ptr,
@@ -95,21 +132,36 @@ def _down_kernel(
     D: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     RELU: tl.constexpr,
+    WORDS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``hidden[t, k] = act(down[k] . z[t])``, as ``(down[k] . x[t] - mean * sum(down[k])) / deviation``: so a
-    program needs no more than one pass over the stream."""
+    program needs no more than one pass over the stream. WORDS: 8-bit weights come four a word, and from the
+    only token's stream the mean is taken off first."""
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
+    if WORDS:
+        early = _words(weight_ptr, tl.program_id(0) * ROWS + tl.arange(0, ROWS), R, D // 4, BLOCK_D // 4)
     wait_for_predecessor(PDL)
+    if WORDS:
+        at = 4 * tl.arange(0, BLOCK_D // 4)[:, None] + tl.arange(0, 4)[None, :]
+        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+        centred = tl.where(at < D, x - tl.sum(x) / D, 0.0)
+        high, middle, low, step = _fixed(centred)
+        mean = tl.zeros([TOKENS], tl.float32)
+        square = mean + tl.sum(centred * centred) / D
     for block in tl.range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
         k = block * ROWS + tl.arange(0, ROWS)
         inside_rows = k < R
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
-        if TOKENS == 1:
+        if WORDS:
+            words = early  # and the next block's come while this one is summed
+            early = _words(weight_ptr, k + tl.num_programs(0) * ROWS, R, D // 4, BLOCK_D // 4)
+            h = _fixed_products(words, high, middle, low, step)[:, None]
+        elif TOKENS == 1:
             acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
             first = tl.zeros([BLOCK_D], tl.float32)
             second = tl.zeros([BLOCK_D], tl.float32)
@@ -143,8 +195,10 @@ def _down_kernel(
         if HAS_SCALE:
             h *= tl.load(scale_ptr + k, mask=inside_rows, other=0.0)[:, None]
         variance = tl.maximum(square - mean * mean, 0.0)  # rounding can take it below zero
-        sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
-        h = (h - mean[None, :] * sums[:, None]) * tl.rsqrt(variance + eps)[None, :]
+        if not WORDS:
+            sums = tl.load(sums_ptr + k, mask=inside_rows, other=0.0)
+            h -= mean[None, :] * sums[:, None]
+        h *= tl.rsqrt(variance + eps)[None, :]
         if RELU:
             h = tl.where(h < 0, 0.0, h)
         tl.store(hidden_ptr + t[None, :] * R + k[:, None], h, mask=inside_rows[:, None] & (t < T)[None, :])
@@ -166,22 +220,28 @@ def _up_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
     UNION: tl.constexpr,
+    WORDS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Whether ``up[k] . hidden[t] + bias[k]`` is above the threshold, for each live token or for any here;
-    and for how many k of each block."""
+    and for how many k of each block. WORDS: see `_down_kernel`."""
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_R)
     live = t < T
     blocks = tl.cdiv(N, ROWS)
-    if TOKENS == 1:  # the first weights, while the first layer still runs
-        own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if WORDS:  # the first weights, while the first layer still runs
+        early = _words(weight_ptr, own, N, R // 4, BLOCK_R // 4)
+    elif TOKENS == 1:
         there = (own < N)[:, None] & (cols < R)[None, :]
         early = tl.load(weight_ptr + own.to(tl.int64)[:, None] * R + cols[None, :], mask=there, other=0.0)
     wait_for_predecessor(PDL)
+    if WORDS:
+        at = 4 * tl.arange(0, BLOCK_R // 4)[:, None] + tl.arange(0, 4)[None, :]
+        high, middle, low, step = _fixed(tl.load(hidden_ptr + at, mask=at < R, other=0.0))
     threshold = tl.load(threshold_ptr)
     if HAS_ALIVE:
         live = live & (tl.load(alive_ptr + t, mask=live, other=0) != 0)
@@ -189,7 +249,11 @@ def _up_kernel(
         k = block * ROWS + tl.arange(0, ROWS)
         inside_rows = k < N
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
-        if TOKENS == 1:
+        if WORDS:
+            words = early  # and the next block's come while this one is summed
+            early = _words(weight_ptr, k + tl.num_programs(0) * ROWS, N, R // 4, BLOCK_R // 4)
+            scores = _fixed_products(words, high, middle, low, step)[:, None]
+        elif TOKENS == 1:
             h = tl.load(hidden_ptr + cols, mask=cols < R, other=0.0)
             acc = to_float(early) * h[None, :]
             for d in tl.static_range(BLOCK_R, R, BLOCK_R):
@@ -316,9 +380,12 @@ def launch_down(
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
     hidden = torch.empty(B, r, dtype=dtype, device=device)
-    name, default = _name("down", B, beside), _default_down_settings(D, B, beside)
-    chosen = settings(name, default, r, D, down.dtype, B, device)
-    programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside)
+    words = _by_words(down.dtype, D, B)
+    name, default = _name("down", B, beside), _default_down_settings(D, down.dtype, B, beside)
+    chosen = dict(settings(name, default, r, D, down.dtype, B, device))
+    if words:
+        down, chosen["BLOCK_D"] = down.view(torch.int32), _block(D)
+    programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside, chosen)
     kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
         residual,
         down,
@@ -331,6 +398,7 @@ def launch_down(
         D=D,
         HAS_SCALE=down_scale is not None,
         RELU=relu,
+        WORDS=words,
         TOKENS=tokens,
         **launched_early(pdl),
         **chosen,
@@ -358,11 +426,14 @@ def launch_up(
     tokens, union = token_block(min(B, MAX_TOKENS)), ids.dim() == 1
     blocks, pdl = triton.cdiv(B, tokens), _overlaps(device, beside)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
-    name, default = _name("up", B, beside), _default_up_settings(r, B, beside)
-    chosen = settings(name, default, n, r, up.dtype, B, device)
+    words = _by_words(up.dtype, r, B)
+    name, default = _name("up", B, beside), _default_up_settings(r, up.dtype, B, beside)
+    chosen = dict(settings(name, default, n, r, up.dtype, B, device))
+    if words:
+        up, chosen["BLOCK_R"] = up.view(torch.int32), _block(r)
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
-    kernel = _up_kernel[(_programs(row_blocks, device, beside), blocks)](
+    kernel = _up_kernel[(_programs(row_blocks, device, beside, chosen), blocks)](
         hidden,
         up,
         up_scale,
@@ -377,6 +448,7 @@ def launch_up(
         HAS_SCALE=up_scale is not None,
         HAS_ALIVE=alive is not None,
         UNION=union,
+        WORDS=words,
         TOKENS=tokens,
         **launched_early(pdl),
         **chosen,
@@ -396,8 +468,9 @@ def _name(kernel: str, batch: int, beside: bool) -> str:
     return f"{kernel}_beside" if beside and batch == 1 else kernel
 
 
-def _programs(blocks: int, device: torch.device, beside: bool) -> int:
-    return min(blocks, _BESIDE * num_sms(device)) if beside else blocks
+def _programs(blocks: int, device: torch.device, beside: bool, chosen: dict[str, int]) -> int:
+    """One a block; beside others at most those for each multiprocessor, which are taken out of ``chosen``."""
+    return min(blocks, chosen.pop("PROGRAMS", _BESIDE) * num_sms(device)) if beside else blocks
 
 
 def _overlaps(device: torch.device, beside: bool) -> bool:
@@ -458,19 +531,40 @@ def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     launch_compact(mask, _sizes(mask), _PLACED, ids, count)
 
 
-def _default_down_settings(D: int, batch: int, beside: bool = False) -> Settings:
-    """Sound for any shape: a few rows a program."""
+def _default_down_settings(D: int, dtype: torch.dtype, batch: int, beside: bool = False) -> Settings:
+    """Sound for any shape: a few rows a program; of wide ones, which are few, one."""
     if batch > 1:
         return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
-    return {"ROWS": 2, "BLOCK_D": min(1024 if beside else 2048, triton.next_power_of_2(D)), "num_warps": 4}
+    most = triton.next_power_of_2(D)
+    if _by_words(dtype, D, batch):
+        found = {"ROWS": 2, "num_warps": 8} if D > 4096 else {"ROWS": 4, "num_warps": 4}
+    elif dtype.itemsize == 4:
+        found = {"ROWS": 1, "BLOCK_D": min(2048, most), "num_warps": 8}
+    else:
+        found = {"ROWS": 2, "BLOCK_D": min(1024 if beside else 2048, most), "num_warps": 4}
+    return found | {"PROGRAMS": _BESIDE} if beside else found
 
 
-def _default_up_settings(r: int, batch: int, beside: bool = False) -> Settings:
-    """Sound for any shape: 16 rows a program; 8 beside others."""
+def _default_up_settings(r: int, dtype: torch.dtype, batch: int, beside: bool = False) -> Settings:
+    """Sound for any shape: 16 rows a program; 8 beside others, and of 8-bit weights."""
+    most = triton.next_power_of_2(r)
     if batch > 1:
-        return {"ROWS": 64, "BLOCK_R": min(max(triton.next_power_of_2(r), 16), 128), "num_warps": 4}
-    rows, most = (8, 512) if beside else (16, 1024)
-    return {"ROWS": rows, "BLOCK_R": min(triton.next_power_of_2(r), most), "num_warps": 4}
+        return {"ROWS": 64, "BLOCK_R": min(max(most, 16), 128), "num_warps": 4}
+    if _by_words(dtype, r, batch):
+        found = {"ROWS": 8, "num_warps": 4}
+    else:
+        rows, block = (8, 512) if beside else (16, 1024)
+        found = {"ROWS": rows, "BLOCK_R": min(most, block), "num_warps": 4}
+    return found | {"PROGRAMS": _BESIDE} if beside else found
+
+
+def _by_words(dtype: torch.dtype, columns: int, batch: int) -> bool:
+    """Whether a matrix is read four weights a word, all of a row at once, for one token as whole numbers."""
+    return dtype == torch.int8 and batch == 1 and columns % 4 == 0
+
+
+def _block(columns: int) -> int:
+    return max(triton.next_power_of_2(columns), 16)
 
 
 _op = register("predict", cuda=_predict, cpu=predict_reference, mutates={"ids", "count", "tally"})

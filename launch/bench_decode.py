@@ -42,7 +42,7 @@ def decode(
         typer.Option(min=0, help="Each rank holds one of so many shares of the model; 0: one of all ranks."),
     ] = 0,
     lookahead: Annotated[str, typer.Option(help="Neurons are predicted half a layer or one ahead.")] = "half",
-    overlap: OverlapOption = "tap",
+    overlap: OverlapOption = "auto",
     all_reduce: AllReduce = "auto",
     waterfall: Annotated[bool, typer.Option("--waterfall", help="The gains one by one, too.")] = False,
     tune: Annotated[

@@ -100,7 +100,7 @@ def generate(
     cuda_graph: Annotated[
         bool, typer.Option(help="Record the decode step; without, it is launched with all NVTX ranges.")
     ] = True,
-    overlap: OverlapOption = "tap",
+    overlap: OverlapOption = "auto",
     nvtx_ranges: NVTX = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")] = False,
 ) -> None:

@@ -32,7 +32,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OverlapOption = Annotated[
     str,
     typer.Option(
-        help="Predictors run beside other work from their tap or the next collective on, or not: none."
+        help="Predictors run beside other work from their tap or the next collective on (auto: those a whole "
+        "layer ahead), or not: none."
     ),
 ]
 Stages = Annotated[
@@ -60,7 +61,7 @@ def load_engine(
     fill_kv: FillKV = "auto",
     all_reduce: str = "auto",
     cuda_graph: bool = True,
-    overlap: Overlap = "tap",
+    overlap: Overlap = "auto",
 ) -> Engine:
     """The engine, with a bar while it loads."""
     if nvtx_ranges:

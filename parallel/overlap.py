@@ -5,13 +5,20 @@ from contextlib import contextmanager
 
 import torch
 
+# Of the stream on which a step is recorded; the lower, the sooner a kernel's programs get their places.
+STEP_PRIORITY = -1
+
 
 class SideStream:
-    """Another stream of a GPU. Forks and joins are events, so a CUDA graph captures them as they are."""
+    """Another stream of a GPU. Forks and joins are events, so a CUDA graph captures them as they are.
 
-    def __init__(self, device: torch.device) -> None:
-        # high priority: its small launches slip in between the blocks of the large ones, which fill the GPU
-        self._stream = torch.cuda.Stream(device, priority=-1)
+    Args:
+        patient: what runs here takes the places that the main stream leaves. Otherwise its small launches
+            slip in between the blocks of the large ones, which fill the GPU.
+    """
+
+    def __init__(self, device: torch.device, *, patient: bool = False) -> None:
+        self._stream = torch.cuda.Stream(device, priority=STEP_PRIORITY + (1 if patient else -1))
 
     @contextmanager
     def beside(self) -> Iterator[None]:

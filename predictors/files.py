@@ -201,7 +201,7 @@ def check_tap(kind: Kind, layer: int, tap: Tap, path: Path) -> None:
     Raises:
         ValueError: it is not.
     """
-    last = Tap("attn_in" if kind == "heads" else "mlp_in", layer)
+    last = Tap.into(kind, layer)
     if (tap.layer, tap.point) > (last.layer, last.point):
         raise ValueError(f"{path}: {kind} of layer {layer} are predicted from {tap}, which comes later")
 

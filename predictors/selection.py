@@ -49,6 +49,11 @@ class Tap(NamedTuple):
             raise ValueError(f"{text!r} is no tap: expected attn_in[LAYER] or mlp_in[LAYER]")
         return cls(match[1], int(match[2]))  # type: ignore[arg-type]  # the pattern has seen to it
 
+    @classmethod
+    def into(cls, kind: Kind, layer: int) -> "Tap":
+        """The tap at the block whose heads or neurons are chosen: none can be later."""
+        return cls("attn_in" if kind == "heads" else "mlp_in", layer)
+
     @property
     def halves(self) -> int:
         """The half layers before it."""
@@ -207,11 +212,16 @@ class Unit:
         block = f"layer.{self.layer}/{'attention' if self.kind == 'heads' else 'mlp'}"
         self.predict_name, self.select_name = f"{block}/predict", f"{block}/select"
 
+    @property
+    def halves_ahead(self) -> int:
+        """Half layers from its tap to where it is needed."""
+        return 0 if self.tap is None else Tap.into(self.kind, self.layer).halves - self.tap.halves
+
 
 Sharing = Literal["union", "each", "mask"]
-# When a predictor starts: on a side stream, as soon as its tap exists or with the next collective; or on
-# the main stream, at its tap.
-Overlap = Literal["tap", "collective", "none"]
+# When a predictor starts: on a side stream, as soon as its tap exists or with the next collective, under
+# which the GPU has room (``auto``: if it has a whole layer's time); or on the main stream, at its tap.
+Overlap = Literal["auto", "tap", "collective", "none"]
 
 
 class _Found(NamedTuple):
@@ -264,7 +274,8 @@ class Policy(Selector):
             pass over whole texts.
         dense_until: with ``mask``, positions before it are computed in full, as those of a prompt.
 
-    ``sides`` (empty at first: all runs on the main stream) and ``overlap`` say where and when predictors run.
+    ``sides`` (empty at first: all runs on the main stream) and ``overlap`` say where and when predictors run:
+    each kind has a side, and another for those that wait for a collective.
     """
 
     def __init__(
@@ -288,8 +299,8 @@ class Policy(Selector):
                 self._by_tap.setdefault(unit.tap, []).append(unit)
         for found in self._by_tap.values():  # what is needed first runs first
             found.sort(key=lambda unit: (unit.layer, unit.kind == "mlp"))
-        self.sides: Mapping[Kind, SideStream] = {}
-        self.overlap: Overlap = "tap"
+        self.sides: Mapping[tuple[Kind, bool], SideStream] = {}
+        self.overlap: Overlap = "auto"
         self._scores: dict[int, Tensor] = {}
         self._waiting: list[tuple[Unit, Tensor]] = []  # for a collective to start beside
         self._found: dict[int, _Found] = {}
@@ -325,28 +336,36 @@ class Policy(Selector):
             for unit in slow:
                 with nvtx_range(unit.predict_name, "predict"):
                     self._scores[id(unit)] = unit.scorer(z)
-        self._waiting += [(unit, residual) for unit in units if self._in_one_go(unit)]
-        if self.overlap != "collective":
-            self._start()
+        for unit in units:
+            if self._in_one_go(unit):
+                if self._waits(unit):
+                    self._waiting.append((unit, residual))
+                else:
+                    self._start(unit, residual)
 
     def passed(self) -> list[Tensor]:
         return [self._passed[tap] for tap in self.leaving]
 
     def before_collective(self) -> None:
-        self._start()
+        self._start_waiting()
 
-    def _start(self) -> None:
-        """Launches the predictors whose taps have been passed."""
+    def _waits(self, unit: Unit) -> bool:
+        """Whether it starts with the next collective. At the tap of a block it would run beside that block's
+        early programs, and keep later ones from their places."""
+        return self.overlap == "collective" or (self.overlap == "auto" and unit.halves_ahead > 1)
+
+    def _start_waiting(self) -> None:
         for unit, residual in self._waiting:
-            side = None if self.overlap == "none" else self.sides.get(unit.kind)
-            with nullcontext() if side is None else side.beside():
-                self._predict(unit, residual, side)
+            self._start(unit, residual)
         self._waiting.clear()
 
-    def _predict(self, unit: Unit, residual: Tensor, side: SideStream | None) -> None:
+    def _start(self, unit: Unit, residual: Tensor) -> None:
+        """Launches a predictor whose tap has been passed."""
         assert isinstance(unit.scorer, PackedLowRank) and residual.shape[1] == 1
+        side = self._side(unit)
         out = self.buffers(len(residual)).of(unit, union=self._shared(unit))
-        with nvtx_range(unit.predict_name, "predict"):
+        beside = nullcontext() if side is None else side.beside()
+        with beside, nvtx_range(unit.predict_name, "predict"):
             unit.scorer.active_set(
                 residual[:, 0],
                 self._alive,
@@ -356,6 +375,9 @@ class Policy(Selector):
             )
         ready = None if side is None else side.mark()
         self._found[id(unit)] = _Found(Chosen(*out, unit.mean), ready, residual)
+
+    def _side(self, unit: Unit) -> SideStream | None:
+        return None if self.overlap == "none" else self.sides.get((unit.kind, self._waits(unit)))
 
     def buffers(self, batch: int) -> SetBuffers:
         """Where the sets that the kernels find for ``batch`` sequences lie, at every step."""
@@ -445,10 +467,10 @@ class Policy(Selector):
         if unit is None or self._is_all(unit):
             return None
         if self._in_one_go(unit):
-            self._start()  # if no collective has come since its tap
+            self._start_waiting()  # if no collective has come since its tap
             chosen, ready, _ = self._found.pop(id(unit))
-            if ready is not None:
-                self.sides[kind].join(ready)
+            if (side := self._side(unit)) is not None and ready is not None:
+                side.join(ready)
             return chosen
         if self._is_lossless(unit):
             assert unit.live_tally is not None

@@ -123,7 +123,7 @@ class TrainConfig:
 
     def entry(self, kind: Kind, layer: int) -> Entry:
         """How the manifest describes the predictor of one layer and kind."""
-        tap = Tap("mlp_in" if kind == "mlp" else "attn_in", layer).shift(-_HALVES[self.lookahead])
+        tap = Tap.into(kind, layer).shift(-_HALVES[self.lookahead])
         if kind == "heads" and (self.method in _OF_FC1 or (tap.layer < 0 and layer == 0)):
             return Entry(kind=kind, layer=layer, dense=True, method=self.method)
         if self.method in ("static", "random", "oracle"):

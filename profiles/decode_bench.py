@@ -102,7 +102,7 @@ class Parts:
     mlp: bool = True
     heads: bool = True
     fill_kv: FillKV = "auto"  # "always": keys and values are projected for all heads, read for the chosen
-    overlap: Overlap = "tap"
+    overlap: Overlap = "auto"
     bits: int = 8
     symm: bool = True
 

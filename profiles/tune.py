@@ -70,8 +70,10 @@ _SEVERAL_SUMS = (
     (64, 64, 4, 4),
 )
 # Beside others small programs do better, and which is best they alone can say.
-_DOWN_BESIDE = ((2, 1024), (2, 512), (1, 2048), (4, 512), (2, 2048))
-_UP_BESIDE = ((8, 512), (16, 256), (4, 1024), (8, 256))
+_DOWN_BESIDE = ((2, 1024, 4), (2, 512, 2), (1, 2048, 4), (4, 512, 2), (2, 2048, 4))
+_UP_BESIDE = ((8, 512, 4), (16, 256, 4), (4, 1024, 4), (8, 256, 2))
+# 8-bit ones are read all of a row at once.
+_DOWN_8, _UP_8 = ((1, 8), (2, 8), (4, 8), (2, 16)), ((4, 4), (8, 4), (16, 4), (8, 8))
 _UP = ((8, 1024), (16, 1024), (32, 256), (32, 512), (16, 512), (64, 256))
 # By kernel and bytes of a weight (2: or more): names, values of all but the last, the last, its values.
 _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {
@@ -85,8 +87,12 @@ _TRIED: dict[tuple[str, int], tuple[tuple[str, ...], tuple[tuple[int, ...], ...]
     ("attention", 2): (_TOKENS, ((16, 2, 2), (32, 2, 4), (64, 2, 4)), "SPLITS", (8, 16, 32)),
     ("down", 2): (("ROWS", "BLOCK_D"), ((1, 2048), (2, 1024), (2, 2048), (4, 2048)), "num_warps", (4, 8)),
     ("up", 2): (("ROWS", "BLOCK_R"), _UP, "num_warps", (4, 8)),
-    ("down_beside", 2): (("ROWS", "BLOCK_D"), _DOWN_BESIDE, "num_warps", (2, 4)),
-    ("up_beside", 2): (("ROWS", "BLOCK_R"), _UP_BESIDE, "num_warps", (2, 4)),
+    ("down", 1): (("ROWS",), ((1,), (2,), (4,)), "num_warps", (4, 8, 16)),
+    ("up", 1): (("ROWS",), ((4,), (8,), (16,)), "num_warps", (4, 8)),
+    ("down_beside", 2): (("ROWS", "BLOCK_D", "num_warps"), _DOWN_BESIDE, "PROGRAMS", (1, 2)),
+    ("up_beside", 2): (("ROWS", "BLOCK_R", "num_warps"), _UP_BESIDE, "PROGRAMS", (1, 2)),
+    ("down_beside", 1): (("ROWS", "num_warps"), _DOWN_8, "PROGRAMS", (1, 2)),
+    ("up_beside", 1): (("ROWS", "num_warps"), _UP_8, "PROGRAMS", (1, 2)),
 }  # fmt: skip
 # The same for several tokens, of any width.
 _SEVERAL: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...], str, tuple[int, ...]]] = {

@@ -6,6 +6,7 @@ Shape legend: B batch, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Literal, get_args
 
 import torch
@@ -69,7 +70,7 @@ class Decoder:
         fill_kv: FillKV = "auto",
         *,
         cuda_graph: bool = True,
-        overlap: Overlap = "tap",
+        overlap: Overlap = "auto",
         pipeline: Pipeline | None = None,
     ) -> None:
         for name, given, known in (
@@ -88,7 +89,8 @@ class Decoder:
         self.overlap: Overlap = overlap
         on_cuda = tp.device.type == "cuda"
         self._graphs = on_cuda and cuda_graph and self.pipeline.stages == 1
-        self._sides = {kind: SideStream(tp.device) for kind in KINDS} if on_cuda else {}
+        sides = product(KINDS, (False, True)) if on_cuda else ()
+        self._sides = {(kind, waits): SideStream(tp.device, patient=waits) for kind, waits in sides}
         # by batch, greedy and policy, which a recorded step keeps in use
         self._states: dict[tuple[int, bool, Selector | None], DecodeState] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None

@@ -110,7 +110,7 @@ class Engine(Decoder):
         name: str = "",
         *,
         cuda_graph: bool = True,
-        overlap: Overlap = "tap",
+        overlap: Overlap = "auto",
         pipeline: Pipeline | None = None,
     ) -> None:
         super().__init__(
@@ -134,7 +134,7 @@ class Engine(Decoder):
         density: float | None = None,
         fill_kv: FillKV = "auto",
         cuda_graph: bool = True,
-        overlap: Overlap = "tap",
+        overlap: Overlap = "auto",
         all_reduce: str = "auto",
         on_load: OnLoad | None = None,
     ) -> "Engine":

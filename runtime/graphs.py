@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dejavu.parallel.overlap import STEP_PRIORITY
 from dejavu.parallel.watchdog import PeerLostError, step_timeout_s
 from dejavu.profiles import graph_nodes
 
@@ -24,7 +25,7 @@ class StepGraph:
     """
 
     def __init__(self, step: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device, priority=STEP_PRIORITY)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             step()

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dejavu.kernels.predict import _compact, _predict, compact_reference, predict_reference
+from dejavu.kernels.predict import (
+    _compact,
+    _predict,
+    compact_reference,
+    launch_down,
+    predict_reference,
+    standardise,
+)
 from dejavu.kernels.residual_norm import _residual_norm, residual_norm_reference
 from dejavu.kernels.sparse_attention import _sparse_attention, sparse_attention_reference
 from dejavu.kernels.sparse_mlp import _sparse_mlp, sparse_mlp_reference
@@ -316,6 +323,19 @@ def test_predict(batch, union, dtype, D, r, n, limit, beside):
         assert named == sorted(set(named))
         # scores within rounding of the threshold may fall on either side
         assert len(set(named) ^ set(row[:k].tolist())) <= max(1, n // 200)
+
+
+@pytest.mark.parametrize("D, r", [(40, 24), (4112, 5)])
+def test_8_bit_weights_lose_nothing_of_a_stream_with_an_outlier(D, r):
+    """Whole numbers of 23 bits: as near as fp32 comes."""
+    draw = Draw(D)
+    down, scale, exact = draw.weight(r, D, dtype=torch.int8)
+    residual = draw.normal(1, D, dtype=torch.float32)
+    residual[0, 7] = -300
+    found = launch_down(residual, down, scale, exact.sum(-1).float())
+    z = standardise(residual.double())
+    error = (found - z @ exact.T).abs() / exact.norm(dim=-1)
+    assert float(error.max()) < 2e-6 * float(z.abs().max())
 
 
 @pytest.mark.parametrize("batch", [1, 3])

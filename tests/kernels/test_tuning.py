@@ -24,7 +24,7 @@ from dejavu.profiles.tune import (
 CPU = torch.device("cpu")
 
 
-def defaults(tokens=1):
+def defaults(tokens=1, predictors=torch.float16):
     fc1 = sparse_mlp.default_settings(4096, torch.bfloat16, tokens)
     rows = weighted_rows.default_settings(torch.bfloat16, tokens)
     of_all = {"fc1_all": fc1, "fc2_all": rows, "out_proj_all": rows} if tokens == 1 else {}
@@ -35,10 +35,10 @@ def defaults(tokens=1):
         "qkv": qkv.default_settings(torch.bfloat16, tokens, CPU),
         "qkv_all": row_settings(4096, torch.bfloat16),
         "attention": sparse_attention._default_attention_settings(32, CPU),
-        "down": predict._default_down_settings(4096, tokens),
-        "up": predict._default_up_settings(1024, tokens),
-        "down_beside": predict._default_down_settings(4096, tokens, beside=True),
-        "up_beside": predict._default_up_settings(1024, tokens, beside=True),
+        "down": predict._default_down_settings(4096, predictors, tokens),
+        "up": predict._default_up_settings(1024, predictors, tokens),
+        "down_beside": predict._default_down_settings(4096, predictors, tokens, beside=True),
+        "up_beside": predict._default_up_settings(1024, predictors, tokens, beside=True),
     }
 
 
@@ -47,7 +47,8 @@ def test_every_entry_has_the_settings_that_its_kernel_takes():
     assert table
     for entries in table.values():
         for key, entry in entries.items():
-            expected = defaults(1 + key.endswith("several"))[key.split()[0]]
+            predictors = torch.int8 if " 8-bit" in key else torch.float16
+            expected = defaults(1 + key.endswith("several"), predictors)[key.split()[0]]
             assert entry.keys() == expected.keys(), key
 
 
@@ -61,9 +62,9 @@ def test_every_entry_has_the_settings_that_its_kernel_takes():
     ],
 )
 def test_what_is_tried_has_the_settings_that_its_kernel_takes(kernel, tokens):
-    for itemsize in (1, 2):
-        found = candidates(kernel, 1024, itemsize, tokens)
-        assert found and all(s.keys() == defaults(tokens)[kernel].keys() for s in found)
+    for dtype in (torch.int8, torch.float16):
+        found = candidates(kernel, 1024, dtype.itemsize, tokens)
+        assert found and all(s.keys() == defaults(tokens, dtype)[kernel].keys() for s in found)
 
 
 def test_the_table_comes_before_the_default_and_a_trial_before_both(monkeypatch, tmp_path):
@@ -114,7 +115,7 @@ def test_steps_are_tuned_one_kernel_beside_the_ones_before():
         ("fc1", local, "bf16", 0), ("fc2", local, "bf16", 0), ("down_beside", local, "int8", 1024)
     )]  # fmt: skip
     assert keys[2] == shape_key("down_beside", 1024, 9216, torch.int8)
-    tried = dict(zip(keys, (candidates(key.split()[0], 9216, 2) for key in keys), strict=True))
+    tried = {key: candidates(key.split()[0], 9216, 1 if "8-bit" in key else 2) for key in keys}
     times = {(keys[0], 3): 0.9, (keys[1], 1): 0.9995, (keys[2], 0): 0.95}
 
     def step_ms():

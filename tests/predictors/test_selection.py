@@ -379,7 +379,7 @@ def in_a_step(overlap, sides=()):
 RESIDUAL = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("overlap", ["tap", "none"])
+@pytest.mark.parametrize("overlap", ["auto", "tap", "none"])
 def test_predictors_start_at_their_tap(log, overlap):
     policy = in_a_step(overlap)
     policy.observe(Tap("attn_in", 2), RESIDUAL)
@@ -403,6 +403,25 @@ def test_predictors_start_with_the_next_collective(log):
     assert len(log) == 2
 
 
+@pytest.mark.parametrize(("overlap", "early"), [("auto", ["heads"]), ("tap", ["heads", "mlp"])])
+def test_who_has_a_whole_layer_waits_for_a_collective(log, overlap, early):
+    """And gives way to the main stream."""
+    units = [packed("heads", 1, Tap("mlp_in", 0), 6), packed("mlp", 1, Tap("mlp_in", 0), 37)]
+    policy = Policy(units, 3)
+    assert [unit.halves_ahead for unit in units] == [1, 2]
+    policy.sides = {(kind, waits): Side(log, f"{kind} {waits}") for kind in KINDS for waits in (False, True)}
+    policy.overlap = overlap
+    policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
+    policy.observe(Tap("mlp_in", 0), RESIDUAL)
+    begun = [entry for entry in log if "begin" in entry]
+    assert begun == [f"{kind} False begin" for kind in early]
+    policy.before_collective()
+    policy.heads(1, None), policy.neurons(1, None)
+    waits = overlap == "auto"
+    assert [entry for entry in log if "begin" in entry] == ["heads False begin", f"mlp {waits} begin"]
+    assert log[-2:] == ["join heads False end", f"join mlp {waits} end"]
+
+
 def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):
     policy = in_a_step("collective")
     policy.observe(Tap("attn_in", 0), RESIDUAL)
@@ -421,9 +440,10 @@ def test_a_pass_forgets_what_waits_for_a_collective(log):
         policy.neurons(0, None)
 
 
-@pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
+@pytest.mark.parametrize("overlap", ["auto", "tap", "collective", "none"])
 def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
-    policy = in_a_step(overlap, {kind: Side(log, kind) for kind in KINDS})
+    waits = overlap == "collective"
+    policy = in_a_step(overlap, {(kind, waits): Side(log, kind) for kind in KINDS})
     policy.observe(Tap("mlp_in", 0), RESIDUAL)
     policy.observe(Tap("attn_in", 1), RESIDUAL)
     policy.before_collective()
@@ -435,7 +455,7 @@ def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
 
 
 @pytest.mark.parametrize("sharing", ["union", "each"])
-@pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
+@pytest.mark.parametrize("overlap", ["auto", "tap", "collective", "none"])
 def test_sets_lie_in_the_same_place_at_every_step(overlap, sharing):
     policy = Policy(packed_units(), 3, sharing=sharing)
     policy.overlap = overlap

@@ -88,7 +88,7 @@ def bench_of(*, batch=1, tp=None, profile="paper75", new_tokens=12, prompt_len=9
     tp = tp or TPGroup()
     run = Run("tiny", CONFIG, tp, torch.float32, BANDWIDTH, batch, prompt_len, new_tokens)
     model = synthetic_model(CONFIG, tp, torch.float32)
-    settings = {"rank": 16, "bits": 8, "lookahead": "half", "overlap": "tap", "symm": "auto", **options}
+    settings = {"rank": 16, "bits": 8, "lookahead": "half", "overlap": "auto", "symm": "auto", **options}
     return Bench(run, model, profile, **settings)
 
 
@@ -199,7 +199,7 @@ def test_each_line_of_the_waterfall_switches_one_thing(engines):
     changed = [{k for k in b if a[k] != b[k]} for a, b in pairwise(steps)]
     assert changed == [{"heads"}, {"projections"}, {"overlap"}, {"bits"}]
     everything = on[names[bits]]
-    assert everything == {"mlp": True, "heads": True, "projections": True, "overlap": "tap", "bits": {8}}
+    assert everything == {"mlp": True, "heads": True, "projections": True, "overlap": "auto", "bits": {8}}
     without = [{k for k in everything if on[name][k] != everything[k]} for name in names[first_without:]]
     assert without == [{"mlp"}, {"heads", "projections"}, {"projections"}, {"overlap"}, {"overlap"}, {"bits"}]
     assert not [name for name in names if "symmetric" in name]  # there is but one rank
@@ -355,7 +355,7 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch):
         (["--batch", "2"], "density_profile=paper75 is one sequence's: for batches use union66b"),
         (["--tp-slice", "2", "--engine", "hf"], "tp_slice is of engine dejavu alone"),
         (["--overlap", "never", "--prompt-len", "8", "--new-tokens", "3"],
-         "overlap='never' is unknown: use tap, collective, none"),
+         "overlap='never' is unknown: use auto, tap, collective, none"),
     ],
 )  # fmt: skip
 def test_sizes_that_are_wrong(engines, monkeypatch, options, message):

@@ -30,7 +30,7 @@ def test_replay_is_eager(sparsity, prompts, settings):
         assert generation.density == pytest.approx(eager.density)
 
 
-@pytest.mark.parametrize("overlap", ["tap", "collective", "none"])
+@pytest.mark.parametrize("overlap", ["auto", "tap", "collective", "none"])
 def test_when_predictors_run_changes_nothing(overlap):
     params = {"max_new_tokens": 200, "ignore_eos": True}
     expected, _ = texts(engine_of("demo", cuda_graph=False, overlap="none"), **params)

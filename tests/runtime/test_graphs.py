@@ -345,7 +345,7 @@ def test_the_largest_max_batch_is_taken(engine):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"overlap": "later"}, "overlap='later' is unknown: use tap, collective, none"),
+        ({"overlap": "later"}, "overlap='later' is unknown: use auto, tap, collective, none"),
         ({"fill_kv": "never"}, "fill_kv='never' is unknown: use auto, lazy, always"),
     ],
 )
