@@ -564,7 +564,8 @@ def _by_words(dtype: torch.dtype, columns: int, batch: int) -> bool:
 
 
 def _block(columns: int) -> int:
-    return max(triton.next_power_of_2(columns), 16)
+    power: int = triton.next_power_of_2(columns)
+    return max(power, 16)
 
 
 _op = register("predict", cuda=_predict, cpu=predict_reference, mutates={"ids", "count", "tally"})
