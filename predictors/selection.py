@@ -350,8 +350,8 @@ class Policy(Selector):
         self._start_waiting()
 
     def _waits(self, unit: Unit) -> bool:
-        """Whether it starts with the next collective. Neurons' predictors that started beside fc1, which leaves a
-        multiprocessor little shared memory, kept fc2 out until they had ended (profiles/results/README.md)."""
+        """Whether it starts with the next collective. Neurons' predictors that started beside fc1, which leaves
+        little shared memory, kept fc2 out until they had ended (profiles/results/README.md)."""
         return self.overlap == "collective" or (self.overlap == "auto" and unit.halves_ahead > 1)
 
     def _start_waiting(self) -> None:
