@@ -35,7 +35,7 @@ _STEPS = tl.constexpr(63.0 * 65536)
 _PLACED = 1024
 # Programs on each multiprocessor of a predictor that runs beside other work. Fewer leave others more room but
 # take too long for a short layer. (OPT-66B on two H200, half a layer ahead: a step takes 8.42, 7.68 and 8.05
-# ms with 1, 2, 3 for the neurons; the eighth of OPT-175B, a layer ahead, with 1 and 2 the same within 1%.)
+# ms with 1, 2, 3 for the neurons, before 8-bit weights came by words.)
 _BESIDE = 2
 
 
@@ -536,8 +536,11 @@ def _default_down_settings(D: int, dtype: torch.dtype, batch: int, beside: bool 
     if batch > 1:
         return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
     most = triton.next_power_of_2(D)
+    if _by_words(dtype, D, batch) and D > 4096:
+        # one a multiprocessor: two would take all registers, and who finds no place at once waits for QKV
+        return {"ROWS": 2, "num_warps": 8} | ({"PROGRAMS": 1} if beside else {})
     if _by_words(dtype, D, batch):
-        found = {"ROWS": 2, "num_warps": 8} if D > 4096 else {"ROWS": 4, "num_warps": 4}
+        found = {"ROWS": 4, "num_warps": 4}
     elif dtype.itemsize == 4:
         found = {"ROWS": 1, "BLOCK_D": min(2048, most), "num_warps": 8}
     else:

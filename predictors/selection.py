@@ -275,7 +275,7 @@ class Policy(Selector):
         dense_until: with ``mask``, positions before it are computed in full, as those of a prompt.
 
     ``sides`` (empty at first: all runs on the main stream) and ``overlap`` say where and when predictors run:
-    each kind has a side, and another for those that wait for a collective.
+    each kind has a side, and another that is patient, for policies of which some wait for a collective.
     """
 
     def __init__(
@@ -308,6 +308,7 @@ class Policy(Selector):
         self._buffers: dict[int, SetBuffers] = {}
         self._positions = torch.empty(0)
         self._alive: Tensor | None = None
+        self._patient = False
         self._tallies: dict[tuple[Kind, int], Tensor] = {}  # shares chosen, rows; added to in place
 
     @property
@@ -317,6 +318,8 @@ class Policy(Selector):
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
         self._positions, self._alive = positions, alive
+        # with a layer's time none comes before the step: the boundary and fc1's last rows need their places
+        self._patient = any(self._waits(unit) for unit in self.units.values())
         self._scores.clear()
         self._waiting.clear()
         self._found.clear()
@@ -350,8 +353,8 @@ class Policy(Selector):
         self._start_waiting()
 
     def _waits(self, unit: Unit) -> bool:
-        """Whether it starts with the next collective. Neurons' predictors that started beside fc1, which leaves
-        little shared memory, kept fc2 out until they had ended (profiles/results/README.md)."""
+        """Whether it starts with the next collective. Neurons' predictors that started beside fc1, which
+        leaves little shared memory, kept fc2 out until they had ended (profiles/results/README.md)."""
         return self.overlap == "collective" or (self.overlap == "auto" and unit.halves_ahead > 1)
 
     def _start_waiting(self) -> None:
@@ -377,7 +380,7 @@ class Policy(Selector):
         self._found[id(unit)] = _Found(Chosen(*out, unit.mean), ready, residual)
 
     def _side(self, unit: Unit) -> SideStream | None:
-        return None if self.overlap == "none" else self.sides.get((unit.kind, self._waits(unit)))
+        return None if self.overlap == "none" else self.sides.get((unit.kind, self._patient))
 
     def buffers(self, batch: int) -> SetBuffers:
         """Where the sets that the kernels find for ``batch`` sequences lie, at every step."""

@@ -90,7 +90,7 @@ class Decoder:
         on_cuda = tp.device.type == "cuda"
         self._graphs = on_cuda and cuda_graph and self.pipeline.stages == 1
         sides = product(KINDS, (False, True)) if on_cuda else ()
-        self._sides = {(kind, waits): SideStream(tp.device, patient=waits) for kind, waits in sides}
+        self._sides = {(kind, patient): SideStream(tp.device, patient=patient) for kind, patient in sides}
         # by batch, greedy and policy, which a recorded step keeps in use
         self._states: dict[tuple[int, bool, Selector | None], DecodeState] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None

@@ -409,17 +409,16 @@ def test_who_has_a_whole_layer_waits_for_a_collective(log, overlap, early):
     units = [packed("heads", 1, Tap("mlp_in", 0), 6), packed("mlp", 1, Tap("mlp_in", 0), 37)]
     policy = Policy(units, 3)
     assert [unit.halves_ahead for unit in units] == [1, 2]
-    policy.sides = {(kind, waits): Side(log, f"{kind} {waits}") for kind in KINDS for waits in (False, True)}
+    policy.sides = {(k, patient): Side(log, f"{k} {patient}") for k in KINDS for patient in (False, True)}
     policy.overlap = overlap
     policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
     policy.observe(Tap("mlp_in", 0), RESIDUAL)
-    begun = [entry for entry in log if "begin" in entry]
-    assert begun == [f"{kind} False begin" for kind in early]
+    patient = overlap == "auto"
+    assert [entry for entry in log if "begin" in entry] == [f"{kind} {patient} begin" for kind in early]
     policy.before_collective()
     policy.heads(1, None), policy.neurons(1, None)
-    waits = overlap == "auto"
-    assert [entry for entry in log if "begin" in entry] == ["heads False begin", f"mlp {waits} begin"]
-    assert log[-2:] == ["join heads False end", f"join mlp {waits} end"]
+    assert [entry for entry in log if "begin" in entry] == [f"{kind} {patient} begin" for kind in KINDS[::-1]]
+    assert log[-2:] == [f"join heads {patient} end", f"join mlp {patient} end"]
 
 
 def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):

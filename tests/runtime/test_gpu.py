@@ -39,7 +39,10 @@ def relative_error(logits, expected):
     return float((logits.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "demo"])
+# each model in one process, with pytest -n N --dist loadgroup
+@pytest.fixture(
+    scope="module", params=[pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in (*KINDS, "demo")]
+)
 def reference(request, tmp_path_factory, demo_tokenizer):
     directory = model_of(request.param, tmp_path_factory.mktemp("model"))
     fp32 = hugging_face(directory, demo_tokenizer, device="cuda")
