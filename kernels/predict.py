@@ -29,7 +29,7 @@ from dejavu.kernels.tuning import Settings, settings
 
 _EPS = 1e-5
 # Steps into which the largest of some numbers is divided, to multiply them by 8-bit weights as whole numbers
-# of 23 bits: no less exact than in fp32, where converting the weights takes most of the time.
+# of 23 bits: converting the weights takes most of the time otherwise, and their own rounding is far coarser.
 _STEPS = tl.constexpr(63.0 * 65536)
 # Entries of a mask that one program of the compaction places.
 _PLACED = 1024
@@ -382,7 +382,7 @@ def launch_down(
     hidden = torch.empty(B, r, dtype=dtype, device=device)
     words = _by_words(down.dtype, D, B)
     name, default = _name("down", B, beside), _default_down_settings(D, down.dtype, B, beside)
-    chosen = dict(settings(name, default, r, D, down.dtype, B, device))
+    chosen = {**default, **settings(name, default, r, D, down.dtype, B, device)}
     if words:
         down, chosen["BLOCK_D"] = down.view(torch.int32), _block(D)
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside, chosen)
@@ -428,12 +428,13 @@ def launch_up(
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     words = _by_words(up.dtype, r, B)
     name, default = _name("up", B, beside), _default_up_settings(r, up.dtype, B, beside)
-    chosen = dict(settings(name, default, n, r, up.dtype, B, device))
+    chosen = {**default, **settings(name, default, n, r, up.dtype, B, device)}
     if words:
         up, chosen["BLOCK_R"] = up.view(torch.int32), _block(r)
     row_blocks = triton.cdiv(n, chosen["ROWS"])
     sizes = torch.empty(len(mask), row_blocks, dtype=torch.int32, device=device)
-    kernel = _up_kernel[(_programs(row_blocks, device, beside, chosen), blocks)](
+    programs = _programs(row_blocks, device, beside, chosen)
+    kernel = _up_kernel[(programs, blocks)](
         hidden,
         up,
         up_scale,
@@ -532,7 +533,7 @@ def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
 
 
 def _default_down_settings(D: int, dtype: torch.dtype, batch: int, beside: bool = False) -> Settings:
-    """Sound for any shape: a few rows a program; of wide ones, which are few, one."""
+    """Sound for any shape: a few rows a program; one of those in fp32, of which there are few (heads)."""
     if batch > 1:
         return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
     most = triton.next_power_of_2(D)
@@ -598,7 +599,8 @@ def predict(
         residual: ``[B, D]``, the stream at the predictor's tap.
         down: ``[r, D]`` and ``up [n, r]``: of 16 or 32 bits, or of 8 with ``down_scale fp32[r, 1]`` and
             ``up_scale fp32[n, 1]``.
-        down_sums: fp32 ``[r]``, the sums of ``down * down_scale`` over D, which centre the stream.
+        down_sums: fp32 ``[r]``, the sums of ``down * down_scale`` over D, which centre the stream (but one
+            token's for 8-bit weights, which is centred first).
         bias: ``[n]``; ``threshold`` fp32 ``[1]``, on the device, so that it can move under a captured graph.
         alive: ``int64[B]``, 0 for sequences that choose nothing; None: all choose.
         tally: ``int64[2]``, to which the numbers of entries chosen and of sets are added.

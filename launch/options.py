@@ -32,8 +32,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OverlapOption = Annotated[
     str,
     typer.Option(
-        help="Predictors run beside other work from their tap or the next collective on (auto: those a whole "
-        "layer ahead), or not: none."
+        help="Predictors run beside other work from their tap or the next collective on, or not: none. "
+        "auto: from the tap, but those of neurons a whole layer ahead from the collective."
     ),
 ]
 Stages = Annotated[

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-# Of the stream on which a step is recorded; the lower, the sooner a kernel's programs get their places.
+# Of the stream on which a step is recorded (one that is not has the usual 0); the lower, the sooner its
+# programs get their places.
 STEP_PRIORITY = -1
 
 
@@ -13,7 +14,7 @@ class SideStream:
     """Another stream of a GPU. Forks and joins are events, so a CUDA graph captures them as they are.
 
     Args:
-        patient: what runs here takes the places that the main stream leaves. Otherwise its small launches
+        patient: what runs here takes the places that a recorded step leaves. Otherwise its small launches
             slip in between the blocks of the large ones, which fill the GPU.
     """
 

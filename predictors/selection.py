@@ -220,7 +220,9 @@ class Unit:
 
 Sharing = Literal["union", "each", "mask"]
 # When a predictor starts: on a side stream, as soon as its tap exists or with the next collective, under
-# which the GPU has room (``auto``: if it has a whole layer's time); or on the main stream, at its tap.
+# which the GPU has room; or on the main stream, at its tap. ``auto``: at their taps, but neurons that are
+# predicted a whole layer ahead with the collective (on one GPU: at the end of the block), and then all
+# predictors give way to the step.
 Overlap = Literal["auto", "tap", "collective", "none"]
 
 
@@ -275,7 +277,7 @@ class Policy(Selector):
         dense_until: with ``mask``, positions before it are computed in full, as those of a prompt.
 
     ``sides`` (empty at first: all runs on the main stream) and ``overlap`` say where and when predictors run:
-    each kind has a side, and another that is patient, for policies of which some wait for a collective.
+    each kind has a side, and another that is patient.
     """
 
     def __init__(
@@ -318,8 +320,7 @@ class Policy(Selector):
 
     def begin(self, positions: Tensor, alive: Tensor | None) -> None:
         self._positions, self._alive = positions, alive
-        # with a layer's time none comes before the step: the boundary and fc1's last rows need their places
-        self._patient = any(self._waits(unit) for unit in self.units.values())
+        self._patient = any(self._has_time(unit) for unit in self.units.values())
         self._scores.clear()
         self._waiting.clear()
         self._found.clear()
@@ -353,9 +354,13 @@ class Policy(Selector):
         self._start_waiting()
 
     def _waits(self, unit: Unit) -> bool:
-        """Whether it starts with the next collective. Neurons' predictors that started beside fc1, which
-        leaves little shared memory, kept fc2 out until they had ended (profiles/results/README.md)."""
-        return self.overlap == "collective" or (self.overlap == "auto" and unit.halves_ahead > 1)
+        """Whether it starts with the next collective."""
+        return self.overlap == "collective" or self._has_time(unit)
+
+    def _has_time(self, unit: Unit) -> bool:
+        """Whether ``auto`` lets it wait. Neurons' predictors that started beside fc1, which leaves little
+        shared memory, kept fc2 out until they had ended (profiles/results/README.md)."""
+        return self.overlap == "auto" and unit.kind == "mlp" and unit.halves_ahead > 1
 
     def _start_waiting(self) -> None:
         for unit, residual in self._waiting:
@@ -472,7 +477,9 @@ class Policy(Selector):
         if self._in_one_go(unit):
             self._start_waiting()  # if no collective has come since its tap
             chosen, ready, _ = self._found.pop(id(unit))
-            if (side := self._side(unit)) is not None and ready is not None:
+            if ready is not None:
+                side = self._side(unit)
+                assert side is not None
                 side.join(ready)
             return chosen
         if self._is_lossless(unit):

@@ -115,7 +115,8 @@ OnProgress = Callable[[int, int], None]
 
 
 def candidates(kernel: str, columns: int, itemsize: int, batch: int = 1) -> list[Settings]:
-    """Settings worth trying: those that came near the best in a wider search (profiles/results/README.md)."""
+    """Settings worth trying: those that came near the best in a wider search (profiles/results/README.md); of
+    8-bit predictors, in whole steps."""
     kernel = _ALIKE.get(kernel, kernel)
     wide = _TRIED[kernel, 1 if itemsize == 1 and (kernel, 1) in _TRIED else 2]
     names, tried, last, values = wide if batch == 1 else _SEVERAL[kernel]

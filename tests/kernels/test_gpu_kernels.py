@@ -117,9 +117,10 @@ def test_attention(D, ffn, N, H, batch, record_property):
     assert relative_error(states[0][1], k) <= TOLERANCE and relative_error(states[0][2], v) <= TOLERANCE
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "fp8"])
-def test_predictor(weights, batch):
+def test_predictor(weights, batch, beside):
     D, n, r = 12288, 6144, 1024
     dtype = DTYPES.get(weights, torch.float32)
     down, up = random_weight((r, D), dtype, CUDA), random_weight((n, r), dtype, CUDA)
@@ -130,9 +131,9 @@ def test_predictor(weights, batch):
     sums = exact(down).sum(-1)
     for union in (True, False):
         arguments = (*down, sums.float(), *up, bias, threshold, alive, tally)
-        ids, count = predict(residual, *arguments, union=union)
+        ids, count = predict(residual, *arguments, union=union, beside=beside)
         for _ in range(20):
-            again, count_again = predict(residual, *arguments, union=union)
+            again, count_again = predict(residual, *arguments, union=union, beside=beside)
             assert torch.equal(count, count_again)
             for a, b, k in zip(ids.view(-1, n), again.view(-1, n), count.tolist(), strict=True):
                 assert torch.equal(a[:k], b[:k])

@@ -33,6 +33,7 @@ from dejavu.kernels.tokens import (
 )
 from dejavu.kernels.tuning import override
 from dejavu.kernels.weighted_rows import weighted_rows, weighted_rows_reference
+from dejavu.profiles.tune import candidates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
@@ -325,14 +326,30 @@ def test_predict(batch, union, dtype, D, r, n, limit, beside):
         assert len(set(named) ^ set(row[:k].tolist())) <= max(1, n // 200)
 
 
-@pytest.mark.parametrize("D, r", [(40, 24), (4112, 5)])
-def test_8_bit_weights_lose_nothing_of_a_stream_with_an_outlier(D, r):
-    """Whole numbers of 23 bits: as near as fp32 comes."""
+@pytest.mark.parametrize(("dtype", "r"), [(FP8, 8), (torch.int8, 6)])
+def test_settings_for_words_serve_8_bit_weights_that_do_not_come_by_words(monkeypatch, dtype, r):
+    """They share a line of the table."""
+    draw = Draw(r)
+    residual, lean, exact = predictor(draw, 1, 32, r, 40, dtype, torch.float32)
+    for name in ("down", "up"):
+        monkeypatch.setitem(override, name, candidates(name, 32, 1)[0])
+    chosen = []
+    for run, x, weights in ((predict_reference, residual.double(), exact), (_predict, residual, lean)):
+        ids, count = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (40, 1))
+        tally = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        run(x, *weights, torch.tensor([1.0], device=DEVICE), None, ids, count, tally, False, False)
+        chosen.append(ids[: int(count)].tolist())
+    assert chosen[0] == chosen[1] and 0 < len(chosen[0]) < 40
+
+
+@pytest.mark.parametrize("D, r, beside", [(40, 24, False), (4112, 5, False), (4112, 11, True)])
+def test_8_bit_weights_times_a_stream_with_an_outlier(D, r, beside):
+    """Whole numbers of 23 bits: the error is a small part of the largest."""
     draw = Draw(D)
     down, scale, exact = draw.weight(r, D, dtype=torch.int8)
     residual = draw.normal(1, D, dtype=torch.float32)
     residual[0, 7] = -300
-    found = launch_down(residual, down, scale, exact.sum(-1).float())
+    found = launch_down(residual, down, scale, exact.sum(-1).float(), beside=beside)
     z = standardise(residual.double())
     error = (found - z @ exact.T).abs() / exact.norm(dim=-1)
     assert float(error.max()) < 2e-6 * float(z.abs().max())

@@ -441,8 +441,7 @@ def test_a_pass_forgets_what_waits_for_a_collective(log):
 
 @pytest.mark.parametrize("overlap", ["auto", "tap", "collective", "none"])
 def test_the_main_stream_waits_for_a_set_when_it_asks(log, overlap):
-    waits = overlap == "collective"
-    policy = in_a_step(overlap, {(kind, waits): Side(log, kind) for kind in KINDS})
+    policy = in_a_step(overlap, {(kind, False): Side(log, kind) for kind in KINDS})
     policy.observe(Tap("mlp_in", 0), RESIDUAL)
     policy.observe(Tap("attn_in", 1), RESIDUAL)
     policy.before_collective()

@@ -8,6 +8,7 @@ from texts import engine_of, on_a_rank, texts
 from torch.profiler import ProfilerActivity, profile
 
 from dejavu.parallel.groups import TPGroup
+from dejavu.predictors.selection import Policy
 from dejavu.runtime.sampling import SamplingParams
 from parity import PROMPTS
 from ranks import run_ranks
@@ -36,6 +37,23 @@ def test_when_predictors_run_changes_nothing(overlap):
     expected, _ = texts(engine_of("demo", cuda_graph=False, overlap="none"), **params)
     for cuda_graph in (True, False):
         assert texts(engine_of("demo", overlap=overlap, cuda_graph=cuda_graph), **params)[0] == expected
+
+
+def test_neurons_predicted_a_layer_ahead_are_the_same_in_a_graph():
+    """They start at the end of a block, behind the step, and heads at their taps."""
+    params = {"max_new_tokens": 200, "ignore_eos": True}
+
+    def ahead(**options):
+        engine = engine_of("demo", **options)
+        units = engine.policy.units.values()
+        early = [replace(u, tap=u.tap.shift(-1)) if u.kind == "mlp" and u.layer else u for u in units]
+        engine.policy = Policy(early, engine.policy.num_layers)
+        return engine
+
+    expected, eager = texts(ahead(cuda_graph=False, overlap="none"), **params)
+    found, generation = texts(ahead(), **params)
+    assert found == expected and generation.density == pytest.approx(eager.density)
+    assert 0 < eager.density["mlp"] < 1 and 0 < eager.density["heads"] < 1
 
 
 def test_requests_end_where_they_end_step_by_step():
