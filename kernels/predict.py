@@ -16,6 +16,7 @@ from dejavu.kernels.device import (
     MAX_TOKENS,
     dot,
     dp4a,
+    first_weights,
     has_pdl,
     launched_early,
     num_sms,
@@ -112,11 +113,9 @@ def _fixed_products(words, high, middle, low, step):
 
 
 @triton.jit
-def _words(weight_ptr, k, N, C, BLOCK: tl.constexpr):
-    """The rows ``k`` of ``int32[N, C]``."""
-    cols = tl.arange(0, BLOCK)
-    there = (k < N)[:, None] & (cols < C)[None, :]
-    return tl.load(weight_ptr + k.to(tl.int64)[:, None] * C + cols[None, :], mask=there, other=0)
+def _rows_of(weight_ptr, k, N, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The first weights (or words of four) of the rows ``k`` of ``[N, C]``, of those that there are."""
+    return first_weights(weight_ptr + k.to(tl.int64) * C, k < N, C, BLOCK)
 
 
 @triton.jit(do_not_specialize=["T", "R"])
@@ -144,7 +143,8 @@ def _down_kernel(
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
     if WORDS:
-        early = _words(weight_ptr, tl.program_id(0) * ROWS + tl.arange(0, ROWS), R, D // 4, BLOCK_D // 4)
+        own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        early = _rows_of(weight_ptr, own, R, D // 4, BLOCK_D // 4)
     wait_for_predecessor(PDL)
     if WORDS:
         at = 4 * tl.arange(0, BLOCK_D // 4)[:, None] + tl.arange(0, 4)[None, :]
@@ -159,7 +159,7 @@ def _down_kernel(
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
         if WORDS:
             words = early  # and the next block's come while this one is summed
-            early = _words(weight_ptr, k + tl.num_programs(0) * ROWS, R, D // 4, BLOCK_D // 4)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, R, D // 4, BLOCK_D // 4)
             h = _fixed_products(words, high, middle, low, step)[:, None]
         elif TOKENS == 1:
             acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -232,12 +232,11 @@ def _up_kernel(
     cols = tl.arange(0, BLOCK_R)
     live = t < T
     blocks = tl.cdiv(N, ROWS)
-    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if WORDS:  # the first weights, while the first layer still runs
-        early = _words(weight_ptr, own, N, R // 4, BLOCK_R // 4)
-    elif TOKENS == 1:
-        there = (own < N)[:, None] & (cols < R)[None, :]
-        early = tl.load(weight_ptr + own.to(tl.int64)[:, None] * R + cols[None, :], mask=there, other=0.0)
+    COLUMNS: tl.constexpr = R // 4 if WORDS else R
+    BLOCK: tl.constexpr = BLOCK_R // 4 if WORDS else BLOCK_R
+    if TOKENS == 1:  # the first weights, while the first layer still runs
+        own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        early = _rows_of(weight_ptr, own, N, COLUMNS, BLOCK)
     wait_for_predecessor(PDL)
     if WORDS:
         at = 4 * tl.arange(0, BLOCK_R // 4)[:, None] + tl.arange(0, 4)[None, :]
@@ -251,7 +250,7 @@ def _up_kernel(
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
         if WORDS:
             words = early  # and the next block's come while this one is summed
-            early = _words(weight_ptr, k + tl.num_programs(0) * ROWS, N, R // 4, BLOCK_R // 4)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK)
             scores = _fixed_products(words, high, middle, low, step)[:, None]
         elif TOKENS == 1:
             h = tl.load(hidden_ptr + cols, mask=cols < R, other=0.0)
@@ -262,11 +261,8 @@ def _up_kernel(
                 w = tl.load(row_ptr + (d + cols)[None, :], mask=mask, other=0.0)
                 h = tl.load(hidden_ptr + d + cols, mask=inside, other=0.0)
                 acc += to_float(w) * h[None, :]
-            further = k + tl.num_programs(0) * ROWS  # the next block's, while this one is summed
-            there = (further < N)[:, None] & (cols < R)[None, :]
-            early = tl.load(
-                weight_ptr + further.to(tl.int64)[:, None] * R + cols[None, :], mask=there, other=0.0
-            )
+            # the next block's, while this one is summed
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK)
             scores = tl.sum(acc, 1)[:, None]
         else:
             scores = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -382,6 +378,7 @@ def launch_down(
     hidden = torch.empty(B, r, dtype=dtype, device=device)
     words = _by_words(down.dtype, D, B)
     name, default = _name("down", B, beside), _default_down_settings(D, down.dtype, B, beside)
+    # the table has one line for int8 and fp8, of which the latter needs what words have no use for
     chosen = {**default, **settings(name, default, r, D, down.dtype, B, device)}
     if words:
         down, chosen["BLOCK_D"] = down.view(torch.int32), _block(D)
@@ -536,17 +533,17 @@ def _default_down_settings(D: int, dtype: torch.dtype, batch: int, beside: bool 
     """Sound for any shape: a few rows a program; one of those in fp32, of which there are few (heads)."""
     if batch > 1:
         return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
-    most = triton.next_power_of_2(D)
+    most, programs = triton.next_power_of_2(D), _BESIDE
     if _by_words(dtype, D, batch) and D > 4096:
         # one a multiprocessor: two would take all registers, and who finds no place at once waits for QKV
-        return {"ROWS": 2, "num_warps": 8} | ({"PROGRAMS": 1} if beside else {})
-    if _by_words(dtype, D, batch):
+        found, programs = {"ROWS": 2, "num_warps": 8}, 1
+    elif _by_words(dtype, D, batch):
         found = {"ROWS": 4, "num_warps": 4}
     elif dtype.itemsize == 4:
         found = {"ROWS": 1, "BLOCK_D": min(2048, most), "num_warps": 8}
     else:
         found = {"ROWS": 2, "BLOCK_D": min(1024 if beside else 2048, most), "num_warps": 4}
-    return found | {"PROGRAMS": _BESIDE} if beside else found
+    return found | {"PROGRAMS": programs} if beside else found
 
 
 def _default_up_settings(r: int, dtype: torch.dtype, batch: int, beside: bool = False) -> Settings:
