@@ -35,6 +35,14 @@ def to_float(w):
 
 
 @triton.jit
+def half_to_float(words, BF16: tl.constexpr):
+    """The 16-bit numbers in the lowest halves of words, in fp32."""
+    if BF16:
+        return (words.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc):
     """``acc + a @ b`` in fp32. An 8-bit side takes the other's 16-bit type, which holds it exactly; what has
     fp32 on one side is multiplied as three tf32 products, on both sides without rounding."""
@@ -88,14 +96,23 @@ def row_products(early, row_ptr, chosen, x_ptr, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def wait_for_predecessor(PDL: tl.constexpr):
-    """With programmatic dependent launch a kernel starts while its predecessor on the stream still runs, once
-    every program of that has come here or has ended; and here it waits until that is complete, and so is what
-    else it depends on (a predictor on another stream). Before, a program may read weights and write nothing:
-    what others have written it may not see even if they have ended, so ids are read again. (On H200 QKV read
-    what a copy right before it had not yet written.)"""
+def let_successor_begin(PDL: tl.constexpr):
+    """Lets the next kernel on the stream begin, if that is launched early, as far as it is up to this program
+    (as its end does)."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_predecessor(PDL: tl.constexpr, LET: tl.constexpr = True):
+    """With programmatic dependent launch a kernel starts while its predecessor on the stream still runs, once
+    every program of that has let it; and here it waits until that is complete, and so is what else it depends
+    on (a predictor on another stream). Before, a program may read weights and write nothing: what others have
+    written it may not see even if they have ended, so ids are read again. (On H200 QKV read what a copy right
+    before it had not yet written.) LET: this one lets its own successor."""
+    if LET:
+        let_successor_begin(PDL)
+    if PDL:
         gdc_wait()
 
 

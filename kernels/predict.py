@@ -17,6 +17,7 @@ from dejavu.kernels.device import (
     dot,
     dp4a,
     first_weights,
+    half_to_float,
     has_pdl,
     launched_early,
     num_sms,
@@ -88,33 +89,62 @@ def compact_reference(mask: Tensor, ids: Tensor, count: Tensor) -> None:
 
 
 @triton.jit
-def _fixed(x):
-    """``x fp32[N, 4]`` as whole numbers of 23 bits, ``(256 * (256 * high + middle) + low) * step``: the high,
-    middle and low bytes (signed) of each four in a word, ``int32[N]``."""
-    peak = tl.max(tl.abs(x))
-    # Added to a float of less than 2 ** 22 this leaves the nearest whole number in its lowest bits; and with
-    # 128 more a byte, no byte takes from the next.
-    bits = (x * tl.where(peak > 0, _STEPS / peak, 0.0) + 12582912.0).to(tl.int32, bitcast=True)
-    signed = (bits - 0x4B400000 + 0x808080) ^ 0x808080
-    place = 8 * tl.arange(0, 4)[None, :]
-    low = tl.sum((signed & 255) << place, 1)
-    middle = tl.sum(((signed >> 8) & 255) << place, 1)
-    high = tl.sum(((signed >> 16) & 255) << place, 1)
-    return high, middle, low, peak / _STEPS
+def _largest(a, b, c, d):
+    return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+
+
+@triton.jit
+def _word(a, b, c, d):
+    """The lowest bytes of four whole numbers, in a word."""
+    return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24
+
+
+@triton.jit
+def _whole(x, scale):
+    """The whole number next to ``x * scale``, of less than 2 ** 22, in three bytes with a sign each."""
+    # Added to such a float this leaves the number in its lowest bits; and with 128 more a byte, no byte takes
+    # from the next.
+    bits = (x * scale + 12582912.0).to(tl.int32, bitcast=True)
+    return (bits - 0x4B400000 + 0x808080) ^ 0x808080
+
+
+@triton.jit
+def _fixed(a, b, c, d, peak):
+    """Four neighbours in ``fp32[N]`` each, of which none is beyond ``peak``, as whole numbers of 23 bits,
+    ``(256 * (256 * high + middle) + low) * step``: the high, middle and low bytes of the four in a word."""
+    scale = tl.where(peak > 0, _STEPS / peak, 0.0)
+    a, b, c, d = _whole(a, scale), _whole(b, scale), _whole(c, scale), _whole(d, scale)
+    high, middle = _word(a >> 16, b >> 16, c >> 16, d >> 16), _word(a >> 8, b >> 8, c >> 8, d >> 8)
+    return high, middle, _word(a, b, c, d), peak / _STEPS
+
+
+@triton.jit
+def _sums_and_peak(a, b, c, d, e, f):
+    return a + d, b + e, tl.maximum(c, f)
+
+
+@triton.jit
+def _plus(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
 def _fixed_products(words, high, middle, low, step):
     """Rows of 8-bit weights, four a word, ``int32[ROWS, N]``, times what `_fixed` made: fp32 ``[ROWS]``."""
-    total = tl.sum(dp4a(words, high[None, :]), 1).to(tl.float32) * 65536
-    total += tl.sum(dp4a(words, middle[None, :]), 1).to(tl.float32) * 256
-    total += tl.sum(dp4a(words, low[None, :]), 1).to(tl.float32)
-    return total * step
+    products = dp4a(words, high[None, :]), dp4a(words, middle[None, :]), dp4a(words, low[None, :])
+    highs, middles, lows = tl.reduce(products, 1, _plus)  # at once: each sum over a program takes its time
+    return (highs.to(tl.float32) * 65536 + middles.to(tl.float32) * 256 + lows.to(tl.float32)) * step
 
 
 @triton.jit
-def _rows_of(weight_ptr, k, N, C: tl.constexpr, BLOCK: tl.constexpr):
-    """The first weights (or words of four) of the rows ``k`` of ``[N, C]``, of those that there are."""
+def _rows_of(weight_ptr, k, N, C: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+    """The first weights (or words of four) of the rows ``k`` of ``[N, C]``, of those that there are. PAIRS: a
+    thread has two words in a row, as it has of a stream that comes by 16 bytes, which else would have to go
+    from thread to thread (through 24 barriers, for OPT-175B)."""
+    if PAIRS:
+        cols = tl.max_contiguous(tl.arange(0, BLOCK), 2)
+        row_ptr = weight_ptr + k.to(tl.int64)[:, None] * C
+        return tl.load(row_ptr + cols[None, :], mask=(k < N)[:, None] & (cols < C)[None, :], other=0)
     return first_weights(weight_ptr + k.to(tl.int64) * C, k < N, C, BLOCK)
 
 
@@ -132,34 +162,41 @@ def _down_kernel(
     HAS_SCALE: tl.constexpr,
     RELU: tl.constexpr,
     WORDS: tl.constexpr,
+    BF16: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``hidden[t, k] = act(down[k] . z[t])``, as ``(down[k] . x[t] - mean * sum(down[k])) / deviation``: so a
-    program needs no more than one pass over the stream. WORDS: 8-bit weights come four a word, and from the
-    only token's stream the mean is taken off first."""
+    program needs no more than one pass over the stream. WORDS: 8-bit weights come four a word of 32 bits, and
+    so does the only token's stream of 64, from which the mean is taken off first."""
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
     if WORDS:
         own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        early = _rows_of(weight_ptr, own, R, D // 4, BLOCK_D // 4)
+        early = _rows_of(weight_ptr, own, R, D // 4, BLOCK_D // 4, True)
     wait_for_predecessor(PDL)
     if WORDS:
-        at = 4 * tl.arange(0, BLOCK_D // 4)[:, None] + tl.arange(0, 4)[None, :]
-        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
-        centred = tl.where(at < D, x - tl.sum(x) / D, 0.0)
-        high, middle, low, step = _fixed(centred)
+        at = tl.arange(0, BLOCK_D // 4)
+        there = at < D // 4
+        fours = tl.load(x_ptr + at, mask=there, other=0)
+        a, b = half_to_float(fours, BF16), half_to_float(fours >> 16, BF16)
+        c, d = half_to_float(fours >> 32, BF16), half_to_float(fours >> 48, BF16)
+        seen = a + b + c + d, a * a + b * b + c * c + d * d, _largest(a, b, c, d)
+        total, squares, peak = tl.reduce(seen, 0, _sums_and_peak)
+        centre = total / D
+        taken = tl.where(there, centre, 0.0)
+        high, middle, low, step = _fixed(a - taken, b - taken, c - taken, d - taken, peak + tl.abs(centre))
         mean = tl.zeros([TOKENS], tl.float32)
-        square = mean + tl.sum(centred * centred) / D
+        square = mean + (squares / D - centre * centre)
     for block in tl.range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
         k = block * ROWS + tl.arange(0, ROWS)
         inside_rows = k < R
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
         if WORDS:
             words = early  # and the next block's come while this one is summed
-            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, R, D // 4, BLOCK_D // 4)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, R, D // 4, BLOCK_D // 4, True)
             h = _fixed_products(words, high, middle, low, step)[:, None]
         elif TOKENS == 1:
             acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -236,11 +273,14 @@ def _up_kernel(
     BLOCK: tl.constexpr = BLOCK_R // 4 if WORDS else BLOCK_R
     if TOKENS == 1:  # the first weights, while the first layer still runs
         own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        early = _rows_of(weight_ptr, own, N, COLUMNS, BLOCK)
+        early = _rows_of(weight_ptr, own, N, COLUMNS, BLOCK, False)
     wait_for_predecessor(PDL)
     if WORDS:
-        at = 4 * tl.arange(0, BLOCK_R // 4)[:, None] + tl.arange(0, 4)[None, :]
-        high, middle, low, step = _fixed(tl.load(hidden_ptr + at, mask=at < R, other=0.0))
+        four_ptr = hidden_ptr + 4 * tl.arange(0, BLOCK_R // 4)
+        there = 4 * tl.arange(0, BLOCK_R // 4) < R
+        a, b = tl.load(four_ptr, mask=there, other=0.0), tl.load(four_ptr + 1, mask=there, other=0.0)
+        c, d = tl.load(four_ptr + 2, mask=there, other=0.0), tl.load(four_ptr + 3, mask=there, other=0.0)
+        high, middle, low, step = _fixed(a, b, c, d, tl.max(_largest(a, b, c, d)))
     threshold = tl.load(threshold_ptr)
     if HAS_ALIVE:
         live = live & (tl.load(alive_ptr + t, mask=live, other=0) != 0)
@@ -250,7 +290,7 @@ def _up_kernel(
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
         if WORDS:
             words = early  # and the next block's come while this one is summed
-            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK, False)
             scores = _fixed_products(words, high, middle, low, step)[:, None]
         elif TOKENS == 1:
             h = tl.load(hidden_ptr + cols, mask=cols < R, other=0.0)
@@ -262,7 +302,7 @@ def _up_kernel(
                 h = tl.load(hidden_ptr + d + cols, mask=inside, other=0.0)
                 acc += to_float(w) * h[None, :]
             # the next block's, while this one is summed
-            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK, False)
             scores = tl.sum(acc, 1)[:, None]
         else:
             scores = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -376,15 +416,16 @@ def launch_down(
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
     hidden = torch.empty(B, r, dtype=dtype, device=device)
-    words = _by_words(down.dtype, D, B)
-    name, default = _name("down", B, beside), _default_down_settings(D, down.dtype, B, beside)
+    # a stream of 16 bits, of which four make a word of 64
+    words, stream = _by_words(down.dtype, D, B) and residual.dtype.itemsize == 2, residual
+    name, default = _name("down", B, beside), _default_down_settings(D, down.dtype, B, beside, words=words)
     # the table has one line for int8 and fp8, of which the latter needs what words have no use for
     chosen = {**default, **settings(name, default, r, D, down.dtype, B, device)}
     if words:
-        down, chosen["BLOCK_D"] = down.view(torch.int32), _block(D)
+        stream, down, chosen["BLOCK_D"] = residual.view(torch.int64), down.view(torch.int32), _block(D)
     programs = _programs(triton.cdiv(r, chosen["ROWS"]), device, beside, chosen)
     kernel = _down_kernel[(programs, triton.cdiv(B, tokens))](
-        residual,
+        stream,
         down,
         down_scale,
         down_sums,
@@ -396,6 +437,7 @@ def launch_down(
         HAS_SCALE=down_scale is not None,
         RELU=relu,
         WORDS=words,
+        BF16=residual.dtype == torch.bfloat16,
         TOKENS=tokens,
         **launched_early(pdl),
         **chosen,
@@ -424,7 +466,7 @@ def launch_up(
     blocks, pdl = triton.cdiv(B, tokens), _overlaps(device, beside)
     mask = torch.empty(blocks if union else B, n, dtype=torch.int8, device=device)
     words = _by_words(up.dtype, r, B)
-    name, default = _name("up", B, beside), _default_up_settings(r, up.dtype, B, beside)
+    name, default = _name("up", B, beside), _default_up_settings(r, up.dtype, B, beside, words=words)
     chosen = {**default, **settings(name, default, n, r, up.dtype, B, device)}
     if words:
         up, chosen["BLOCK_R"] = up.view(torch.int32), _block(r)
@@ -529,15 +571,17 @@ def _compact(mask: Tensor, ids: Tensor, count: Tensor) -> None:
     launch_compact(mask, _sizes(mask), _PLACED, ids, count)
 
 
-def _default_down_settings(D: int, dtype: torch.dtype, batch: int, beside: bool = False) -> Settings:
+def _default_down_settings(
+    D: int, dtype: torch.dtype, batch: int, beside: bool = False, *, words: bool = False
+) -> Settings:
     """Sound for any shape: a few rows a program; one of those in fp32, of which there are few (heads)."""
     if batch > 1:
         return {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
     most, programs = triton.next_power_of_2(D), _BESIDE
-    if _by_words(dtype, D, batch) and D > 4096:
+    if words and D > 4096:
         # one a multiprocessor: two would take all registers, and who finds no place at once waits for QKV
         found, programs = {"ROWS": 2, "num_warps": 8}, 1
-    elif _by_words(dtype, D, batch):
+    elif words:
         found = {"ROWS": 4, "num_warps": 4}
     elif dtype.itemsize == 4:
         found = {"ROWS": 1, "BLOCK_D": min(2048, most), "num_warps": 8}
@@ -546,12 +590,14 @@ def _default_down_settings(D: int, dtype: torch.dtype, batch: int, beside: bool 
     return found | {"PROGRAMS": programs} if beside else found
 
 
-def _default_up_settings(r: int, dtype: torch.dtype, batch: int, beside: bool = False) -> Settings:
+def _default_up_settings(
+    r: int, dtype: torch.dtype, batch: int, beside: bool = False, *, words: bool = False
+) -> Settings:
     """Sound for any shape: 16 rows a program; 8 beside others, and of 8-bit weights."""
     most = triton.next_power_of_2(r)
     if batch > 1:
         return {"ROWS": 64, "BLOCK_R": min(max(most, 16), 128), "num_warps": 4}
-    if _by_words(dtype, r, batch):
+    if words:
         found = {"ROWS": 8, "num_warps": 4}
     else:
         rows, block = (8, 512) if beside else (16, 1024)

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import MAX_TOKENS, arrives_last, counters, num_sms
+from dejavu.kernels.device import (
+    MAX_TOKENS,
+    arrives_last,
+    counters,
+    has_pdl,
+    launched_early,
+    num_sms,
+    wait_for_predecessor,
+)
 from dejavu.kernels.qkv import (
     chosen_heads,
     chosen_mask,
@@ -127,6 +135,7 @@ def _decode_attention_kernel(
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One head of one sequence over a share of the positions; the last share to arrive joins them, in order.
 
@@ -135,6 +144,7 @@ def _decode_attention_kernel(
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     h = tl.arange(0, BLOCK_H)
     inside = h < H
+    wait_for_predecessor(PDL)
     one = tl.zeros([1], tl.int32) + b
     named = is_chosen(ids_ptr, count_ptr, one, one >= 0, head, N, HAS_IDS, BLOCK_N)
     chosen = tl.max(named, 0) > 0
@@ -245,6 +255,8 @@ def _sparse_attention(
     heads = torch.empty_like(q)
     chosen = _attention_settings(B, N, T, H, keys.dtype, device)
     block_h = triton.next_power_of_2(H)
+    # it begins beside QKV where that leaves places: over all heads a step is longer for it (profiles/results)
+    pdl = has_pdl(device) and ids is not None and B == 1
     partial = torch.empty(B * N * chosen["SPLITS"] * (block_h + 2), dtype=torch.float32, device=device)
     _decode_attention_kernel[(chosen["SPLITS"], N, B)](
         q,
@@ -265,6 +277,7 @@ def _sparse_attention(
         HAS_MEAN=mean is not None,
         BLOCK_H=block_h,
         **chosen_heads(ids, filled_to, N, W, H),
+        **launched_early(pdl),
         **chosen,
     )
     # one sequence names the rows of its heads; of several, each row is read once for all that chose its head

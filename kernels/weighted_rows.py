@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.device import arrives_last, counters, dot, to_float, token_block
+from dejavu.kernels.device import (
+    arrives_last,
+    counters,
+    dot,
+    has_pdl,
+    let_successor_begin,
+    to_float,
+    token_block,
+)
 from dejavu.kernels.tuning import Settings, settings, variant
 
 
@@ -69,6 +77,7 @@ def _weighted_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program sums every SPLITS-th block of rows over its columns; the last to arrive adds the splits."""
     column, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -117,6 +126,7 @@ def _weighted_rows_kernel(
             if w.dtype == tl.float16 or w.dtype == tl.bfloat16:
                 h = h.to(w.dtype)
             acc = dot(h, w, acc)
+    let_successor_begin(PDL)  # all programs have their places, and the rows are read
     if TOKENS == 1:
         acc = tl.sum(acc, 0)[None, :]
 
@@ -194,6 +204,7 @@ def weighted_rows(
         GROUP=group,
         IN_PLACE=in_place,
         TOKENS=token_block(T),
+        PDL=has_pdl(h.device),
         **chosen,
     )
 

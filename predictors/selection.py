@@ -475,7 +475,8 @@ class Policy(Selector):
         if unit is None or self._is_all(unit):
             return None
         if self._in_one_go(unit):
-            self._start_waiting()  # if no collective has come since its tap
+            if id(unit) not in self._found:  # no collective has come since its tap
+                self._start_waiting()
             chosen, ready, _ = self._found.pop(id(unit))
             if ready is not None:
                 side = self._side(unit)

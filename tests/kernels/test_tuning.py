@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 def defaults(tokens=1, predictors=torch.float16):
     fc1 = sparse_mlp.default_settings(4096, torch.bfloat16, tokens)
     rows = weighted_rows.default_settings(torch.bfloat16, tokens)
+    words = predictors == torch.int8
     of_all = {"fc1_all": fc1, "fc2_all": rows, "out_proj_all": rows} if tokens == 1 else {}
     return of_all | {
         "fc1": fc1,
@@ -35,10 +36,10 @@ def defaults(tokens=1, predictors=torch.float16):
         "qkv": qkv.default_settings(torch.bfloat16, tokens, CPU),
         "qkv_all": row_settings(4096, torch.bfloat16),
         "attention": sparse_attention._default_attention_settings(32, CPU),
-        "down": predict._default_down_settings(4096, predictors, tokens),
-        "up": predict._default_up_settings(1024, predictors, tokens),
-        "down_beside": predict._default_down_settings(4096, predictors, tokens, beside=True),
-        "up_beside": predict._default_up_settings(1024, predictors, tokens, beside=True),
+        "down": predict._default_down_settings(4096, predictors, tokens, words=words),
+        "up": predict._default_up_settings(1024, predictors, tokens, words=words),
+        "down_beside": predict._default_down_settings(4096, predictors, tokens, True, words=words),
+        "up_beside": predict._default_up_settings(1024, predictors, tokens, True, words=words),
     }
 
 

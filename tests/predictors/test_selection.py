@@ -421,6 +421,21 @@ def test_who_has_a_whole_layer_waits_for_a_collective(log, overlap, early):
     assert log[-2:] == [f"join heads {patient} end", f"join mlp {patient} end"]
 
 
+@pytest.mark.parametrize("overlap", ["auto", "collective"])
+def test_asking_for_a_layer_starts_no_other(log, overlap):
+    units = [packed("mlp", 0, Tap("attn_in", 0), 40), packed("mlp", 1, Tap("mlp_in", 0), 37)]
+    policy = Policy(units, 3)
+    policy.overlap = overlap
+    policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
+    policy.observe(Tap("attn_in", 0), RESIDUAL)
+    policy.before_collective()
+    policy.observe(Tap("mlp_in", 0), RESIDUAL)
+    policy.neurons(0, None)
+    assert log == [("predict", 40, False)]
+    policy.before_collective()
+    assert log == [("predict", 40, False), ("predict", 37, False)]
+
+
 def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):
     policy = in_a_step("collective")
     policy.observe(Tap("attn_in", 0), RESIDUAL)

@@ -14,7 +14,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dejavu.kernels import predict, qkv, reduce_residual_norm, residual_norm, sparse_mlp
+from dejavu.kernels import (
+    predict,
+    qkv,
+    reduce_residual_norm,
+    residual_norm,
+    sparse_attention,
+    sparse_mlp,
+    weighted_rows,
+)
 from dejavu.kernels.predict import _predict
 from dejavu.kernels.reduce_residual_norm import Inboxes, _reduce_residual_norm
 from dejavu.kernels.residual_norm import _residual_norm
@@ -59,7 +67,7 @@ def compile_launch(kernel, *args, grid, warmup, **kwargs):
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     found = triton.compile(source, target=HOPPER, options=options)
-    if values.get("PDL"):
+    if options.get("launch_pdl"):
         name, loads, ids = kernel.__name__, EARLY_LOADS.get(kernel.__name__, 0), 0
         if name == "_fc1_kernel" and values["HAS_IDS"] and values["ROWS"] == values["TOKENS"] == 1:
             loads, ids = 1, 2
@@ -68,6 +76,7 @@ def compile_launch(kernel, *args, grid, warmup, **kwargs):
         if values.get("WORDS"):  # of a program's first rows
             loads = 2
         check_wait(name, found.asm["ptx"], loads, ids)
+    assert not values.get("PDL") or "griddepcontrol.launch_dependents" in found.asm["ptx"]
     compiled[kernel.__name__, str(signature)] = len(found.asm["cubin"])
 
 
@@ -140,7 +149,15 @@ def every_collective(dtype, D, ranks=2, T=3):
 
 if __name__ == "__main__":
     JITFunction.run = compile_launch
-    for module in (predict, qkv, reduce_residual_norm, residual_norm, sparse_mlp):
+    for module in (
+        predict,
+        qkv,
+        reduce_residual_norm,
+        residual_norm,
+        sparse_attention,
+        sparse_mlp,
+        weighted_rows,
+    ):
         module.has_pdl = lambda _: True
     for dtype in (torch.float16, torch.bfloat16):
         every_collective(dtype, D=12288)
