@@ -36,7 +36,7 @@ def to_float(w):
 
 @triton.jit
 def half_to_float(words, BF16: tl.constexpr):
-    """The 16-bit numbers in the lowest halves of words, in fp32."""
+    """The 16-bit numbers in the lowest bits of words, in fp32."""
     if BF16:
         return (words.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -159,8 +159,8 @@ def runs_beside(kernel: Any) -> None:
 def counters(device: torch.device) -> Tensor:
     """Zeros ``int32[...]`` for `arrives_last`.
 
-    One array a device: the kernels that count run on one stream, one after the other. (Predictors, which run
-    beside them, count nothing.)
+    One array a device: the kernels that count run on one stream, and what they do behind their wait, as
+    counting, they do one after the other. (Predictors, which run beside them, count nothing.)
     """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     assert not capturing, "a graph is captured after a step outside of it: its zeros would be the graph's own"

@@ -8,14 +8,14 @@ reference: without ranks there is nothing to do; `all_reduce` and `residual_norm
 A token is shared by some programs, for one multiprocessor takes a microsecond for every 3000 elements that it
 sends, receives and stores: some send a part of the row each and wait for nothing, others receive all of it,
 which the norm needs, and store a part each. Programs start in their order, a token's senders first: so no
-more of them need to run at once than do.
+more of them need to run at once than do; and what is launched behind them begins when all have their places.
 
 Why nothing is overwritten before it was read: epochs alternate between two halves of the inbox. A rank that
 sends epoch n + 2 has finished its kernel of n + 1, so has received n + 1 from every peer, which they sent in
-a kernel that began when theirs of epoch n, which read the same half, was complete. The epochs are counted on
-the device, by each program of a slot (token) for itself, and a slot has one place whatever the shape: graphs
-can be replayed and mixed with other calls, as long as every rank makes the same calls in the same order, on
-one stream.
+a kernel that waited until theirs of epoch n, which read the same half, was complete. The epochs are counted
+on the device, by each program of a slot (token) for itself, and a slot has one place whatever the shape:
+graphs can be replayed and mixed with other calls, as long as every rank makes the same calls in the same
+order, on one stream.
 
 Shape legend: T tokens, D hidden, R ranks.
 """

@@ -304,7 +304,7 @@ class Policy(Selector):
         self.sides: Mapping[tuple[Kind, bool], SideStream] = {}
         self.overlap: Overlap = "auto"
         self._scores: dict[int, Tensor] = {}
-        self._waiting: list[tuple[Unit, Tensor]] = []  # for a collective to start beside
+        self._waiting: dict[int, tuple[Unit, Tensor]] = {}  # for a collective to start beside
         self._found: dict[int, _Found] = {}
         self._passed: dict[Tap, Tensor] = {}
         self._buffers: dict[int, SetBuffers] = {}
@@ -343,7 +343,7 @@ class Policy(Selector):
         for unit in units:
             if self._in_one_go(unit):
                 if self._waits(unit):
-                    self._waiting.append((unit, residual))
+                    self._waiting[id(unit)] = unit, residual
                 else:
                     self._start(unit, residual)
 
@@ -351,7 +351,9 @@ class Policy(Selector):
         return [self._passed[tap] for tap in self.leaving]
 
     def before_collective(self) -> None:
-        self._start_waiting()
+        for unit, residual in self._waiting.values():
+            self._start(unit, residual)
+        self._waiting.clear()
 
     def _waits(self, unit: Unit) -> bool:
         """Whether it starts with the next collective."""
@@ -361,11 +363,6 @@ class Policy(Selector):
         """Whether ``auto`` lets it wait. Neurons' predictors that started beside fc1, which leaves little
         shared memory, kept fc2 out until they had ended (profiles/results/README.md)."""
         return self.overlap == "auto" and unit.kind == "mlp" and unit.halves_ahead > 1
-
-    def _start_waiting(self) -> None:
-        for unit, residual in self._waiting:
-            self._start(unit, residual)
-        self._waiting.clear()
 
     def _start(self, unit: Unit, residual: Tensor) -> None:
         """Launches a predictor whose tap has been passed."""
@@ -475,8 +472,8 @@ class Policy(Selector):
         if unit is None or self._is_all(unit):
             return None
         if self._in_one_go(unit):
-            if id(unit) not in self._found:  # no collective has come since its tap
-                self._start_waiting()
+            if id(unit) in self._waiting:  # no collective has come since its tap
+                self._start(*self._waiting.pop(id(unit)))
             chosen, ready, _ = self._found.pop(id(unit))
             if ready is not None:
                 side = self._side(unit)

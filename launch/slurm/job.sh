@@ -58,7 +58,8 @@ ranks() {
     wait "$step" || true # a signal ends a wait, not the step
   done
   wait "$step" || status=$?
-  if [[ ! $cancelled && (-e $results/preempted || ($warned && $status != 0)) ]]; then
+  # (Slurm tells the other nodes to stop when one has failed, too: that is a failure.)
+  if [[ ! $cancelled && ((-e $results/preempted && $status == 0) || ($warned && $status != 0)) ]]; then
     requeue
   fi
   ((status == 0)) || exit "$status"

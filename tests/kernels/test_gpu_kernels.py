@@ -119,12 +119,15 @@ def test_attention(D, ffn, N, H, batch, record_property):
 
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "fp8"])
-def test_predictor(weights, batch, beside):
+@pytest.mark.parametrize(
+    ("weights", "stream"),
+    [("fp32", "bf16"), ("fp16", "bf16"), ("int8", "bf16"), ("int8", "fp16"), ("fp8", "bf16")],
+)
+def test_predictor(weights, stream, batch, beside):
     D, n, r = 12288, 6144, 1024
     dtype = DTYPES.get(weights, torch.float32)
     down, up = random_weight((r, D), dtype, CUDA), random_weight((n, r), dtype, CUDA)
-    residual = 3 * torch.randn(batch, D, device=CUDA, dtype=torch.bfloat16) + 1
+    residual = 3 * torch.randn(batch, D, device=CUDA, dtype=DTYPES[stream]) + 1
     bias, alive = torch.randn(n, device=CUDA) * 0.1, torch.ones(batch, dtype=torch.int64, device=CUDA)
     threshold = torch.tensor([1.28 * 0.02**2 * (D * r) ** 0.5], device=CUDA)
     tally = torch.zeros(2, dtype=torch.int64, device=CUDA)

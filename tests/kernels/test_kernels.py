@@ -342,12 +342,15 @@ def test_settings_for_words_serve_8_bit_weights_that_do_not_come_by_words(monkey
     assert chosen[0] == chosen[1] and 0 < len(chosen[0]) < 40
 
 
-@pytest.mark.parametrize("D, r, beside", [(40, 24, False), (4112, 5, False), (4112, 11, True)])
-def test_8_bit_weights_times_a_stream_with_an_outlier(D, r, beside):
+@pytest.mark.parametrize(
+    ("D", "r", "beside"), [(40, 24, False), (20, 3, False), (4112, 5, False), (4112, 11, True)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_8_bit_weights_times_a_stream_with_an_outlier(D, r, beside, dtype):
     """Whole numbers of 23 bits: the error is a small part of the largest."""
     draw = Draw(D)
     down, scale, exact = draw.weight(r, D, dtype=torch.int8)
-    residual = draw.normal(1, D, dtype=torch.float32)
+    residual = draw.normal(1, D, dtype=dtype)
     residual[0, 7] = -300
     found = launch_down(residual, down, scale, exact.sum(-1).float(), beside=beside)
     z = standardise(residual.double())

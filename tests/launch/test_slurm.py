@@ -207,6 +207,24 @@ def test_a_node_that_is_lost_ends_the_job(cluster):
     assert cluster.wait(job) == "FAILED"
 
 
+@pytest.mark.parametrize(("status", "over", "requeued"), [(0, 75, True), (77, 77, False)])
+def test_a_node_that_slurm_stops_because_another_failed_is_not_requeued(tmp_path, status, over, requeued):
+    """Both leave the same file: what the step came to tells them apart."""
+    stubs = {
+        "srun": f'touch "$PWD/results/7/preempted"; exit {status}',
+        "scontrol": '[[ $1 == show ]] && echo node || echo "$@" >>requeued',
+        "scancel": "",
+    }
+    for name, does in stubs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node", "SLURM_NNODES": "2"}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", "-c", f'source "{SCRIPTS}/job.sh"; ranks generate']
+    assert subprocess.run(script, cwd=tmp_path, env=environment).returncode == over
+    assert (tmp_path / "requeued").is_file() == requeued
+
+
 def test_gpus_that_do_not_exist_are_refused(cluster):
     script = SCRIPTS / "generate.sbatch"
     run = cluster.run("sbatch", "--gpus-per-node=8", script, "--prompt", "Once")

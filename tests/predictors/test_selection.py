@@ -436,6 +436,16 @@ def test_asking_for_a_layer_starts_no_other(log, overlap):
     assert log == [("predict", 40, False), ("predict", 37, False)]
 
 
+def test_asking_for_what_waits_starts_no_other(log):
+    policy = in_a_step("collective")
+    policy.observe(Tap("attn_in", 1), RESIDUAL)
+    policy.observe(Tap("attn_in", 0), RESIDUAL)
+    policy.neurons(0, None)
+    assert log == [("predict", 40, False)]
+    policy.before_collective()
+    assert log == [("predict", 40, False), ("predict", 37, False)]
+
+
 def test_predictors_wait_for_no_collective_that_comes_after_their_layer(log):
     policy = in_a_step("collective")
     policy.observe(Tap("attn_in", 0), RESIDUAL)
