@@ -643,8 +643,8 @@ def predict(
         residual: ``[B, D]``, the stream at the predictor's tap.
         down: ``[r, D]`` and ``up [n, r]``: of 16 or 32 bits, or of 8 with ``down_scale fp32[r, 1]`` and
             ``up_scale fp32[n, 1]``.
-        down_sums: fp32 ``[r]``, the sums of ``down * down_scale`` over D, which centre the stream (but one that
-            comes by words, with the weights: that is centred first).
+        down_sums: fp32 ``[r]``, the sums of ``down * down_scale`` over D, which centre the stream (one that
+            comes by words, with the weights, is centred first).
         bias: ``[n]``; ``threshold`` fp32 ``[1]``, on the device, so that it can move under a captured graph.
         alive: ``int64[B]``, 0 for sequences that choose nothing; None: all choose.
         tally: ``int64[2]``, to which the numbers of entries chosen and of sets are added.
