@@ -65,8 +65,10 @@ ranks() {
   ((status == 0)) || exit "$status"
 }
 
+keep() { :; } # what the ranks have made, where there is more to it: Slurm kills a job that it queues again
 requeue() {
   echo "job $job was told to stop; attempt $attempt" >&2
+  keep
   if ((attempt < ${DEJAVU_REQUEUES:-20})); then
     scontrol requeue "$job"
   fi

@@ -207,22 +207,34 @@ def test_a_node_that_is_lost_ends_the_job(cluster):
     assert cluster.wait(job) == "FAILED"
 
 
+def run_stubbed(folder, script, *, srun, requeue):
+    """A script's run as job 7, where ``srun`` and what queues the job again are lines of shell."""
+    stubs = {
+        "srun": srun,
+        "scontrol": f"if [[ $1 == show ]]; then echo node; else {requeue}; fi",
+        "scancel": "true",
+    }
+    for name, does in stubs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node", "SLURM_NNODES": "2"}
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(["bash", *script], cwd=folder, env={**os.environ, **slurm, "PATH": path}).returncode
+
+
 @pytest.mark.parametrize(("status", "over", "requeued"), [(0, 75, True), (77, 77, False)])
 def test_a_node_that_slurm_stops_because_another_failed_is_not_requeued(tmp_path, status, over, requeued):
     """Both leave the same file: what the step came to tells them apart."""
-    stubs = {
-        "srun": f'touch "$PWD/results/7/preempted"; exit {status}',
-        "scontrol": '[[ $1 == show ]] && echo node || echo "$@" >>requeued',
-        "scancel": "",
-    }
-    for name, does in stubs.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node", "SLURM_NNODES": "2"}
-    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = ["bash", "-c", f'source "{SCRIPTS}/job.sh"; ranks generate']
-    assert subprocess.run(script, cwd=tmp_path, env=environment).returncode == over
+    script = ["-c", f'source "{SCRIPTS}/job.sh"; ranks generate']
+    step = f"touch results/7/preempted; exit {status}"
+    assert run_stubbed(tmp_path, script, srun=step, requeue="touch requeued") == over
     assert (tmp_path / "requeued").is_file() == requeued
+
+
+def test_texts_are_kept_before_slurm_kills_the_job_that_it_queues_again(tmp_path):
+    step = "touch results/7/preempted; echo begun"
+    run_stubbed(tmp_path, [SCRIPTS / "generate.sbatch"], srun=step, requeue="kill -KILL $PPID")
+    assert (tmp_path / "results/7/output.0.json").read_text() == "begun\n"
 
 
 def test_gpus_that_do_not_exist_are_refused(cluster):
