@@ -74,9 +74,12 @@ def dp4a(a, b):
 
 
 @triton.jit
-def first_weights(row_ptr, chosen, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The first weights of rows, ``[ROWS, BLOCK_D]``, of those that are chosen; for `row_products`."""
+def first_weights(row_ptr, chosen, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr = False):
+    """The first weights of rows, ``[ROWS, BLOCK_D]``, of those that are chosen; for `row_products`. PAIRS: a
+    thread has two in a row, and not 16 bytes."""
     cols = tl.arange(0, BLOCK_D)
+    if PAIRS:
+        cols = tl.max_contiguous(cols, 2)
     return tl.load(row_ptr[:, None] + cols[None, :], mask=chosen[:, None] & (cols < D)[None, :], other=0.0)
 
 

@@ -141,11 +141,7 @@ def _rows_of(weight_ptr, k, N, C: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.c
     """The first weights (or words of four) of the rows ``k`` of ``[N, C]``, of those that there are. PAIRS: a
     thread has two words in a row, as it has of a stream that comes by 16 bytes, which else would have to go
     from thread to thread (through 24 barriers, for OPT-175B)."""
-    if PAIRS:
-        cols = tl.max_contiguous(tl.arange(0, BLOCK), 2)
-        row_ptr = weight_ptr + k.to(tl.int64)[:, None] * C
-        return tl.load(row_ptr + cols[None, :], mask=(k < N)[:, None] & (cols < C)[None, :], other=0)
-    return first_weights(weight_ptr + k.to(tl.int64) * C, k < N, C, BLOCK)
+    return first_weights(weight_ptr + k.to(tl.int64) * C, k < N, C, BLOCK, PAIRS)
 
 
 @triton.jit(do_not_specialize=["T", "R"])
@@ -277,8 +273,8 @@ def _up_kernel(
         early = _rows_of(weight_ptr, own, N, COLUMNS, BLOCK, False)
     wait_for_predecessor(PDL)
     if WORDS:
-        four_ptr = hidden_ptr + 4 * tl.arange(0, BLOCK_R // 4)
-        there = 4 * tl.arange(0, BLOCK_R // 4) < R
+        at = 4 * tl.arange(0, BLOCK_R // 4)
+        four_ptr, there = hidden_ptr + at, at < R
         a, b = tl.load(four_ptr, mask=there, other=0.0), tl.load(four_ptr + 1, mask=there, other=0.0)
         c, d = tl.load(four_ptr + 2, mask=there, other=0.0), tl.load(four_ptr + 3, mask=there, other=0.0)
         high, middle, low, step = _fixed(a, b, c, d, tl.max(_largest(a, b, c, d)))
@@ -417,8 +413,9 @@ def launch_down(
     (B, D), r, device = residual.shape, len(down), residual.device
     tokens, pdl = token_block(min(B, MAX_TOKENS)), _overlaps(device, beside)
     hidden = torch.empty(B, r, dtype=dtype, device=device)
-    # a stream of 16 bits, of which four make a word of 64
-    words, stream = _by_words(down.dtype, D, B) and residual.dtype.itemsize == 2, residual
+    stream = residual
+    # four numbers of a stream of 16 bits make a word of 64
+    words = _by_words(down.dtype, D, B) and residual.dtype.itemsize == 2
     name, default = _name("down", B, beside), _default_down_settings(D, down.dtype, B, beside, words=words)
     # the table has one line for int8 and fp8, of which the latter needs what words have no use for
     chosen = {**default, **settings(name, default, r, D, down.dtype, B, device)}

@@ -369,8 +369,8 @@ def log(monkeypatch):
     return log
 
 
-def in_a_step(overlap, sides=()):
-    policy = Policy(packed_units(), 3)
+def in_a_step(overlap, sides=(), units=None):
+    policy = Policy(units or packed_units(), 3)
     policy.sides, policy.overlap = dict(sides), overlap
     policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
     return policy
@@ -407,11 +407,9 @@ def test_predictors_start_with_the_next_collective(log):
 def test_who_has_a_whole_layer_waits_for_a_collective(log, overlap, early):
     """And gives way to the main stream."""
     units = [packed("heads", 1, Tap("mlp_in", 0), 6), packed("mlp", 1, Tap("mlp_in", 0), 37)]
-    policy = Policy(units, 3)
     assert [unit.halves_ahead for unit in units] == [1, 2]
-    policy.sides = {(k, patient): Side(log, f"{k} {patient}") for k in KINDS for patient in (False, True)}
-    policy.overlap = overlap
-    policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
+    sides = {(k, patient): Side(log, f"{k} {patient}") for k in KINDS for patient in (False, True)}
+    policy = in_a_step(overlap, sides, units)
     policy.observe(Tap("mlp_in", 0), RESIDUAL)
     patient = overlap == "auto"
     assert [entry for entry in log if "begin" in entry] == [f"{kind} {patient} begin" for kind in early]
@@ -424,9 +422,7 @@ def test_who_has_a_whole_layer_waits_for_a_collective(log, overlap, early):
 @pytest.mark.parametrize("overlap", ["auto", "collective"])
 def test_asking_for_a_layer_starts_no_other(log, overlap):
     units = [packed("mlp", 0, Tap("attn_in", 0), 40), packed("mlp", 1, Tap("mlp_in", 0), 37)]
-    policy = Policy(units, 3)
-    policy.overlap = overlap
-    policy.begin(torch.zeros(3, 1, dtype=torch.int64), ALIVE)
+    policy = in_a_step(overlap, units=units)
     policy.observe(Tap("attn_in", 0), RESIDUAL)
     policy.before_collective()
     policy.observe(Tap("mlp_in", 0), RESIDUAL)

@@ -5,6 +5,7 @@ Launches are caught and compiled with the types of their arguments instead of be
 
 import os
 import re
+import sys
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -14,15 +15,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dejavu.kernels import (
-    predict,
-    qkv,
-    reduce_residual_norm,
-    residual_norm,
-    sparse_attention,
-    sparse_mlp,
-    weighted_rows,
-)
 from dejavu.kernels.predict import _predict
 from dejavu.kernels.reduce_residual_norm import Inboxes, _reduce_residual_norm
 from dejavu.kernels.residual_norm import _residual_norm
@@ -159,16 +151,9 @@ def every_collective(dtype, D, ranks=2, T=3):
 
 if __name__ == "__main__":
     JITFunction.run = compile_launch
-    for module in (
-        predict,
-        qkv,
-        reduce_residual_norm,
-        residual_norm,
-        sparse_attention,
-        sparse_mlp,
-        weighted_rows,
-    ):
-        module.has_pdl = lambda _: True
+    for name, module in sys.modules.items():
+        if name.startswith("dejavu.kernels.") and hasattr(module, "has_pdl"):
+            module.has_pdl = lambda _: True
     for dtype in (torch.float16, torch.bfloat16):
         every_collective(dtype, D=12288)
         every_collective(dtype, D=250, ranks=4)
