@@ -139,7 +139,7 @@ def test_dejavu_generate_answers(ranks, record_property):
 def generated(ranks, *options):
     command = [sys.executable, "-m", "dejavu.launch.cli"]
     if ranks > 1:
-        command += ["launch", "--nproc-per-node", str(ranks)]
+        command += ["launch", "--standalone", "--nproc-per-node", str(ranks)]  # at a port of its own
     command += ["generate", "--model", "demo", "--prompt", "The old man", "--json", *options]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
