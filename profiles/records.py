@@ -63,7 +63,7 @@ def existing_folder(path: Path) -> Path:
 
 def command_line() -> str:
     """What was typed, or does the same on as many ranks, without the folders of this machine."""
-    ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    ranks, here = _ranks(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = ["--nnodes", str(ranks // here)] if ranks > here else []
     launch = ["launch", *nodes, "--nproc-per-node", str(here)] if ranks > 1 else []
     return " ".join(["dejavu", *launch, *map(_without_folders, sys.argv[1:])])
@@ -77,20 +77,21 @@ def _without_folders(argument: str) -> str:
     return option + equals + (value.rstrip("/").rpartition("/")[2] if is_path else value)
 
 
-def device_name() -> str:
-    """The hardware in words: ``2 x NVIDIA H200``, ``CPU``."""
-    count = torch.cuda.device_count()
-    if count == 0:
-        return "CPU"
-    return f"{count} x {torch.cuda.get_device_name(0)}"
+def device_name(gpus: int | None = None) -> str:
+    """The hardware in words: ``2 x NVIDIA H200``, ``CPU``. One GPU a rank of this command, or ``gpus``."""
+    return f"{gpus or _ranks()} x {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "CPU"
 
 
-def device_slug() -> str:
+def device_slug(gpus: int | None = None) -> str:
     """The hardware as part of a file's name: ``1xh100`` for one ``NVIDIA H100 80GB HBM3``."""
-    if torch.cuda.device_count() == 0:
+    if not torch.cuda.is_available():
         return "cpu"
     model = torch.cuda.get_device_name(0).removeprefix("NVIDIA ").split()[0]
-    return f"{torch.cuda.device_count()}x{model.lower()}"
+    return f"{gpus or _ranks()}x{model.lower()}"
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _markdown(record: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 from transformers import AutoTokenizer
 
-from dejavu.profiles.records import device_slug, write_record
+from dejavu.profiles.records import device_name, device_slug, write_record
 from dejavu.runtime.weights import find_model
 
 settings.register_profile("any machine", deadline=None)  # a slow machine breaks no test
@@ -65,6 +65,7 @@ def pytest_terminal_summary(terminalreporter, config):
         for report in terminalreporter.stats.get(outcome, [])
         if {"gpu", "multi_gpu"} & set(report.keywords)
     ]
-    name = "parity-" + device_slug()
-    path = write_record(Path(directory), name, rows, command='pytest -m "gpu or multi_gpu" --record-results')
+    gpus, command = torch.cuda.device_count(), 'pytest -m "gpu or multi_gpu" --record-results'
+    name, device = f"parity-{device_slug(gpus)}", device_name(gpus)
+    path = write_record(Path(directory), name, rows, command=command, device=device)
     terminalreporter.write_line(f"recorded in {path}")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dejavu.profiles.records import command_line, write_file, write_record
+from dejavu.profiles.records import command_line, device_name, device_slug, write_file, write_record
 
 
 def test_a_record_holds_its_conditions_and_its_table(tmp_path):
@@ -32,6 +32,17 @@ def test_a_command_that_can_be_repeated(environment, launcher, monkeypatch, tmp_
         "sys.argv", ["cli.py", "bench", "decode", "--model", "facebook/opt-66b", "--out", str(tmp_path)]
     )
     assert command_line() == f"dejavu {launcher}bench decode --model facebook/opt-66b --out {tmp_path.name}"
+
+
+def test_the_hardware_is_that_of_the_ranks_and_not_all_of_the_machine(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert device_name() == "1 x NVIDIA H100 80GB HBM3" and device_slug() == "1xh100"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device_name() == "2 x NVIDIA H100 80GB HBM3" and device_slug() == "2xh100"
+    assert device_slug(8) == "8xh100"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
