@@ -26,7 +26,7 @@ from dejavu.profiles.records import device_slug, write_record
 from dejavu.profiles.timing import read_bandwidth
 from dejavu.profiles.tune import tune, write_crossovers, write_table
 
-app = typer.Typer(no_args_is_help=True, help="Measure the kernels of this GPU.")
+app = typer.Typer(no_args_is_help=True, help="Measure kernels, sums over ranks and whole decode steps.")
 app.command("all-reduce")(all_reduce)
 app.command("decode")(decode)
 

@@ -30,7 +30,9 @@ def decode(
     policy: Annotated[
         list[str] | None, typer.Option(help=f"Of dejavu: {', '.join(POLICIES)}. Several times; all.")
     ] = None,
-    density_profile: Annotated[str, typer.Option(help=f"{' or '.join(PROFILES)}.")] = PROFILES[0],
+    density_profile: Annotated[
+        str, typer.Option(help="paper75 (one token, Deja Vu's) or union66b (the live neurons of a batch).")
+    ] = PROFILES[0],
     predictor_rank: Annotated[int, typer.Option(min=3, help="Of the neurons' predictors.")] = 1024,
     predictor_bits: Annotated[int, typer.Option(help="8 or 16.")] = 8,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Several times.")] = None,

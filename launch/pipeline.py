@@ -93,6 +93,7 @@ def collect_command(
     stderr().print(said, soft_wrap=True)
     with bar("collecting") as progress:
         collect(engine, corpus, out, sparsity=whose, command=command_line(), on_progress=progress)
+    stderr().print(f"written: {out}; next: dejavu train --traces {out} --out ...", soft_wrap=True)
 
 
 def train_command(
@@ -153,7 +154,7 @@ def train_command(
         train(
             directory, traces, out, config, tp=tp, start=start, command=command_line(), on_progress=progress
         )
-    stderr().print(f"{out} is there; next: dejavu calibrate --predictors {out} --text ...", soft_wrap=True)
+    stderr().print(f"written: {out}; next: dejavu calibrate --predictors {out} --text ...", soft_wrap=True)
 
 
 def calibrate_command(

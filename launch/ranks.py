@@ -45,7 +45,16 @@ def launch(arguments: list[str]) -> int:
     """
     gpus = torch.cuda.device_count()
     parser = get_args_parser()
-    parser.prog = "dejavu launch"
+    parser.prog, parser.usage = "dejavu launch", "%(prog)s [OPTIONS] COMMAND [ARGUMENTS]"
+    parser.description = (
+        "Runs a command of dejavu on several ranks, as torchrun does and with its options: dejavu launch "
+        "--nproc-per-node 2 generate --prompt x. Without --nproc-per-node: two ranks, or one on the only GPU."
+    )
+    for action in parser._actions:
+        if action.dest == "training_script":
+            action.metavar, action.help = "COMMAND", "generate, bench, ...: see dejavu --help"
+        elif action.dest == "training_script_args":
+            action.metavar, action.help, action.required = "ARGUMENTS", "its options", False
     parser.set_defaults(nproc_per_node="1" if gpus == 1 else "2")
     parser.error = _raise  # type: ignore[method-assign]  # argparse would print its whole usage
     args = parser.parse_args(arguments)

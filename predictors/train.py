@@ -424,13 +424,14 @@ class Recipe:
     def _check_start(self) -> None:
         if self.start_manifest is None:
             return
-        theirs = {e.name: e.model_copy(update={"held_out": None}) for e in self.start_manifest.entries}
+        theirs = {entry.name: entry for entry in self.start_manifest.entries}
         for entry in self.entries:
-            if theirs.get(entry.name) != entry:
-                raise ValueError(
-                    f"the predictors to start from have another {entry.name}: "
-                    f"{theirs.get(entry.name)} there, {entry} here"
-                )
+            if entry.name not in theirs:
+                raise ValueError(f"the predictors to start from have no {entry.name}")
+            there, here = (e.model_dump(exclude={"held_out"}) for e in (theirs[entry.name], entry))
+            if differ := [f"{k} {there[k]} there, {here[k]} here" for k in here if there[k] != here[k]]:
+                what = "; ".join(differ)
+                raise ValueError(f"the predictors to start from have another {entry.name}: {what}")
 
     def _tap(self, entry: Entry) -> Tensor:
         """What the entry's predictor reads, ``fp16[T, D]``."""

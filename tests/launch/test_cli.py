@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from command import last_object
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from dejavu.launch import cli, options, ranks
+from dejavu.launch import cli, commands, options, ranks
 from dejavu.parallel.watchdog import LOST_PEER, SILENT_PEER, note_error, timeout_s
 from dejavu.runtime.preemption import PREEMPTED
 from dejavu.runtime.weights import find_model
@@ -483,6 +484,31 @@ def test_launch_says_what_the_first_rank_to_fail_has_noted(tmp_path, monkeypatch
     assert capsys.readouterr().err == "error: no such thing\n"
 
 
+# a shell's background jobs ignore Ctrl-C, as would all that they start
+HEEDS = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+def test_what_the_launcher_says_of_itself():
+    helped = subprocess_dejavu("launch", "--help")
+    assert "usage: dejavu launch [OPTIONS] COMMAND" in helped.stdout and "--rdzv-endpoint" in helped.stdout
+    nothing = subprocess_dejavu("launch", "--nproc-per-node", 2)
+    assert_one_clear_line(nothing.returncode, nothing.stderr, "required: COMMAND")
+
+
+def test_the_version(dejavu):
+    status, out, err = dejavu("--version")
+    assert (status, out, err) == (0, f"dejavu {version('dejavu')}, torch {version('torch')}\n", "")
+
+
+def test_ctrl_c_before_anything_runs_ends_without_a_word():
+    command = [sys.executable, "-m", "dejavu.launch.cli", *aloud("cpu")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=HEEDS) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # in the midst of its imports
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "" and process.returncode in (-signal.SIGINT, 130)
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGUSR1, PREEMPTED), (signal.SIGINT, 130)]
 )
@@ -490,9 +516,7 @@ def test_launch_that_is_told_while_it_waits_for_other_nodes(number, status):
     port = free_port()
     where = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(port))
     command = [sys.executable, "-m", "dejavu.launch.cli", "launch", *where, *aloud("cpu")]
-    # a shell's background jobs ignore Ctrl-C, as would all that they start
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=HEEDS) as process:
         while process.poll() is None:  # until it is there to be met
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break
@@ -516,7 +540,7 @@ def test_what_the_system_refuses_one_rank_alone(monkeypatch, dejavu, tmp_path):
     def refused(*_, **__):
         raise OSError(28, "No space left on device", "shard-3")
 
-    monkeypatch.setattr(cli, "_prompts", refused)
+    monkeypatch.setattr(commands, "_prompts", refused)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert dejavu("generate", "--prompt", "x") == (2, "", "error: rank 3: shard-3: No space left on device\n")

@@ -534,18 +534,18 @@ def test_predictors_of_other_shapes_are_no_start(tmp_path, model_dir, traces_dir
     alone(model_dir, traces_dir, start)
     other = make_model(tmp_path / "other", seed=1)
     collected(TPGroup(), other, windows_of(3, 21), tmp_path / "traces")
-    for change in (
-        {"rank": 9},
-        {"lookahead": "one"},
-        {"bits": 8},
-        {"refine_bits": 4},
-        {"method": "svd"},
-        {"ranks": {"mlp.1": 3}},
+    for change, what in (
+        ({"rank": 9}, "0: rank 8 there, 9 here"),
+        ({"lookahead": "one"}, "1: tap attn_in[1] there, mlp_in[0] here"),
+        ({"bits": 8}, "0: bits 16 there, 8 here"),
+        ({"refine_bits": 4}, "0: refine None there, {"),
+        ({"method": "svd"}, "0: method predicted there, svd here"),
+        ({"ranks": {"mlp.1": 3}}, "1: rank 8 there, 3 here"),
     ):
         message = refused_alone(
             model_dir, traces_dir, tmp_path / "out", replace(QUICK, **change), start=start
         )
-        assert message.startswith("the predictors to start from have another mlp.")
+        assert message.startswith(f"the predictors to start from have another mlp.{what}")
     message = refused_alone(other, tmp_path / "traces", tmp_path / "out", start=start)
     assert message == f"{start} is of another model than {other}"
     message = refused_alone(model_dir, traces_dir, tmp_path / "out", start=tmp_path / "none")
