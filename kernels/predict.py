@@ -137,7 +137,7 @@ def _fixed_products(words, high, middle, low, step):
 
 
 @triton.jit
-def _rows_of(weight_ptr, k, N, C: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+def _rows_of(weight_ptr, k, N, C: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr = False):
     """The first weights (or words of four) of the rows ``k`` of ``[N, C]``, of those that there are. PAIRS: a
     thread has two words in a row, as it has of a stream that comes by 16 bytes, which else would have to go
     from thread to thread (through 24 barriers, for OPT-175B)."""
@@ -172,7 +172,7 @@ def _down_kernel(
     cols = tl.arange(0, BLOCK_D)
     if WORDS:
         own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        early = _rows_of(weight_ptr, own, R, D // 4, BLOCK_D // 4, True)
+        early = _rows_of(weight_ptr, own, R, D // 4, BLOCK_D // 4, PAIRS=True)
     wait_for_predecessor(PDL)
     if WORDS:
         at = tl.arange(0, BLOCK_D // 4)
@@ -193,7 +193,7 @@ def _down_kernel(
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * D
         if WORDS:
             words = early  # and the next block's come while this one is summed
-            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, R, D // 4, BLOCK_D // 4, True)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, R, D // 4, BLOCK_D // 4, PAIRS=True)
             h = _fixed_products(words, high, middle, low, step)[:, None]
         elif TOKENS == 1:
             acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -270,7 +270,7 @@ def _up_kernel(
     BLOCK: tl.constexpr = BLOCK_R // 4 if WORDS else BLOCK_R
     if TOKENS == 1:  # the first weights, while the first layer still runs
         own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        early = _rows_of(weight_ptr, own, N, COLUMNS, BLOCK, False)
+        early = _rows_of(weight_ptr, own, N, COLUMNS, BLOCK)
     wait_for_predecessor(PDL)
     if WORDS:
         at = 4 * tl.arange(0, BLOCK_R // 4)
@@ -287,7 +287,7 @@ def _up_kernel(
         row_ptr = weight_ptr + k.to(tl.int64)[:, None] * R
         if WORDS:
             words = early  # and the next block's come while this one is summed
-            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK, False)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK)
             scores = _fixed_products(words, high, middle, low, step)[:, None]
         elif TOKENS == 1:
             h = tl.load(hidden_ptr + cols, mask=cols < R, other=0.0)
@@ -299,7 +299,7 @@ def _up_kernel(
                 h = tl.load(hidden_ptr + d + cols, mask=inside, other=0.0)
                 acc += to_float(w) * h[None, :]
             # the next block's, while this one is summed
-            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK, False)
+            early = _rows_of(weight_ptr, k + tl.num_programs(0) * ROWS, N, COLUMNS, BLOCK)
             scores = tl.sum(acc, 1)[:, None]
         else:
             scores = tl.zeros([ROWS, TOKENS], tl.float32)

@@ -503,7 +503,8 @@ def test_the_version(dejavu):
 def test_ctrl_c_before_anything_runs_ends_without_a_word():
     command = [sys.executable, "-m", "dejavu.launch.cli", *aloud("cpu")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=HEEDS) as process:
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # in the midst of its imports
+        maps = Path(f"/proc/{process.pid}/maps")
+        while process.poll() is None and "libtorch" not in maps.read_text():  # until amid its imports
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.communicate()[1] == "" and process.returncode in (-signal.SIGINT, 130)
